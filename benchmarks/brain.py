@@ -1,0 +1,85 @@
+"""How long the brain thinks: schedule + update with 256 running requests, at several context lengths.
+
+    python benchmarks/brain.py [--running 256] [--steps 200]
+
+Prints one JSON line a context length: milliseconds a step (minimum and median over the steps), for
+plain decoding and with 4 drafts a request. The time must not grow with the context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.messages import Finish, ModelOutput, SchedulerOutput
+from octavo.core.request import Request
+from octavo.core.scheduler import Scheduler
+from octavo.sampling_params import SamplingParams
+
+BLOCK_SIZE = 16
+
+
+def answer(out: SchedulerOutput) -> ModelOutput:
+    """What a device would say: one token for every request that samples."""
+    count = len(out.rows)
+    return ModelOutput(
+        step_id=out.step_id,
+        keys=out.row_keys,
+        tokens=[[1] if rows.samples else [] for rows in out.rows],
+        num_drafts_valid=[0] * count,
+        num_accepted=[0] * count,
+        finished=[Finish.NO] * count,
+        logprobs=[None] * count,
+        prompt_logprobs=[None] * count,
+    )
+
+
+def measure(running: int, context: int, steps: int, drafts: int) -> dict[str, float]:
+    """Milliseconds of schedule + update in steady decoding."""
+    length = context + 3 * steps
+    blocks = running * (length // BLOCK_SIZE + 2)
+    config = SchedulerConfig(
+        max_num_seqs=running,
+        max_num_batched_tokens=running * context,
+        max_model_len=length,
+        max_chunk_tokens=length,
+        pipeline_depth=1,
+    )
+    scheduler = Scheduler(config, CacheConfig(BLOCK_SIZE, blocks, True), num_drafts=lambda _: drafts)
+    params = SamplingParams(temperature=0)
+    for index in range(running):
+        prompt = [index % 1000, *range(context - 1)]
+        scheduler.add(Request(str(index), prompt, params, seed=0, limit=length, arrival=index))
+    unread: list[ModelOutput] = []
+    times: list[float] = []
+    for step in range(steps + 3):
+        started = time.perf_counter()
+        out = scheduler.schedule()
+        middle = time.perf_counter()
+        assert out is not None
+        unread.append(answer(out))
+        resumed = time.perf_counter()
+        if len(unread) > 1:
+            scheduler.update(unread.pop(0))
+        if step >= 3:  # the first ones hold the prompts
+            times.append(middle - started + time.perf_counter() - resumed)
+    return {"min_ms": round(min(times) * 1e3, 3), "median_ms": round(statistics.median(times) * 1e3, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--running", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024, 4096])
+    args = parser.parse_args()
+    for context in args.contexts:
+        for drafts in (0, 4):
+            result = measure(args.running, context, args.steps, drafts)
+            print(json.dumps({"running": args.running, "context": context, "drafts": drafts, **result}))
+
+
+if __name__ == "__main__":
+    main()

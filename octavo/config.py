@@ -1,0 +1,228 @@
+"""What the user may set, checked once, and what the engine is built from.
+
+`EngineArgs` holds the options as the user wrote them: the keyword arguments of `LLM` and, one
+flag a field, the command line. `EngineArgs.from_kwargs` refuses unknown names and
+`EngineArgs.__post_init__` refuses wrong values, so nothing behind it has to ask again.
+
+`EngineConfig` is what `octavo.engine.setup.resolve` makes of them together with the model's own
+config, the platform and the memory plan. It is frozen and has no holes: no field is None because
+it will be filled in later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import ConfigError, NotInThisVersionError
+
+if TYPE_CHECKING:
+    from octavo.models.config import ModelConfig
+    from octavo.platform import Platform
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+SPECULATIVE_METHODS = ("draft_model", "prompt_lookup", "ngram", "suffix", "predicted", "hybrid")
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
+
+
+def parse_size(value: int | str, name: str) -> int:
+    """Bytes of `value`: an int, or a text such as "256MB", "1.5GiB". K, M, G are powers of 1024.
+
+    Raises ConfigError naming the option `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ConfigError(f'{name} must be a number of bytes or a text such as "256MB", not {value!r}')
+    if isinstance(value, int):
+        size = value
+    else:
+        match = _SIZE.match(value)
+        if match is None:
+            raise ConfigError(f'{name}={value!r} is not a size; write bytes or a text such as "256MB"')
+        size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    if size <= 0:
+        raise ConfigError(f"{name} must be greater than 0, not {value!r}")
+    return size
+
+
+def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """The engine's options as the user gave them. Names are the field's usual ones."""
+
+    model: str = _option("smollm2", "a folder, a .gguf file, a hub id, or an alias")
+    tokenizer: str | None = _option(None, "folder or hub id of another tokenizer")
+    dtype: str = _option("bfloat16", "type of weights and activations", DTYPES)
+    max_model_len: int | None = _option(None, "longest prompt + output; default: what model and memory allow")
+    max_num_seqs: int = _option(128, "requests that run at the same time")
+    max_num_batched_tokens: int | None = _option(
+        None, "token rows of one step (default: 8192 on a GPU, 1024 on a CPU)"
+    )
+    gpu_memory_utilization: float = _option(0.9, "share of the GPU's total memory Octavo may use")
+    kv_cache_memory: int | str | None = _option(
+        None, 'size of the KV cache: bytes, or "256MB" (default: planned)'
+    )
+    max_chunk_tokens: int | None = _option(
+        None, "at most this many prompt rows of one request in a step (default: no bound of its own)"
+    )
+    block_size: int = _option(16, "tokens of one KV block")
+    enable_prefix_caching: bool = _option(True, "reuse the KV of prompts that begin alike")
+    seed: int = _option(0, "seed of requests that bring none")
+    device: str = _option("auto", "where to run", ("auto", "cpu", "cuda"))
+    attention_backend: str = _option("auto", "attention implementation; also OCTAVO_ATTENTION_BACKEND")
+    deterministic: bool = _option(False, "bit-equal output whatever else runs in the batch")
+    enforce_eager: bool = _option(False, "no CUDA graphs")
+    pipeline_depth: int | None = _option(
+        None, "0: read each step before the next starts; 1: one step late (default: by platform)"
+    )
+    load_format: str = _option(
+        "auto", "how weights are read; dummy makes random ones, for speed work", LOAD_FORMATS
+    )
+    skip_tokenizer_init: bool = _option(False, "work on token ids only")
+    chat_template: str | None = _option(None, "a Jinja template or a file that holds one")
+    trust_remote_code: bool = _option(False, "allow a model folder's own Python code")
+    disable_log_stats: bool = _option(True, "no periodic line of statistics")
+    speculative: dict[str, Any] | None = _option(None, "speculative decoding; None is off")
+    quantization: str | None = _option(None, "weight format")
+    tensor_parallel_size: int = _option(1, "GPUs that share one model")
+    pipeline_parallel_size: int = _option(1, "pipeline stages")
+    data_parallel_size: int = _option(1, "replicas behind one port")
+    enable_lora: bool = _option(False, "serve LoRA adapters")
+    lora_configs: list[dict[str, Any]] | None = _option(None, "adapters: lora_name and lora_path each")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
+        """Build from keyword arguments; an unknown name is a ConfigError that suggests the nearest."""
+        names = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f". Options: {', '.join(names)}"
+                raise ConfigError(f"unknown option {name}{hint}")
+        return cls(**kwargs)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_values()
+        self._refuse_what_is_not_here()
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kinds = _KINDS[str(f.type)]
+            right = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+            if not right:
+                raise ConfigError(f"{f.name} must be {f.type}, not {value!r} ({type(value).__name__})")
+
+    def _check_values(self) -> None:
+        for f in fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and value not in choices:
+                near = difflib.get_close_matches(value, choices, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"{f.name}={value!r} is not one of {', '.join(choices)}{hint}")
+        if not self.model:
+            raise ConfigError("model is empty; name a folder, a .gguf file, a hub id, or an alias")
+        for name in (
+            "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_chunk_tokens", "block_size",
+            "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.block_size % 16 or self.block_size > 256:
+            raise ConfigError(f"block_size must be a multiple of 16, at most 256, not {self.block_size}")
+        if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
+            raise ConfigError(
+                f"gpu_memory_utilization is a share of the card, above 0 and at most 1, "
+                f"not {self.gpu_memory_utilization}"
+            )
+        if self.kv_cache_memory is not None:
+            parse_size(self.kv_cache_memory, "kv_cache_memory")
+        if self.pipeline_depth not in (None, 0, 1):
+            raise ConfigError(f"pipeline_depth must be 0 or 1, not {self.pipeline_depth}")
+        if self.speculative is not None:
+            method = self.speculative.get("method")
+            if not isinstance(method, str):
+                raise ConfigError(f"speculative needs a method: one of {', '.join(SPECULATIVE_METHODS)}")
+            if method not in SPECULATIVE_METHODS and ":" not in method:
+                near = difflib.get_close_matches(method, SPECULATIVE_METHODS, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"speculative method {method!r} is not one of {', '.join(SPECULATIVE_METHODS)} "
+                    f"or a dotted name such as package.module:Class{hint}"
+                )
+
+    def _refuse_what_is_not_here(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise NotInThisVersionError(f"{name}={getattr(self, name)} (more than 1)")
+        if self.quantization is not None:
+            raise NotInThisVersionError(f"quantization={self.quantization!r}")
+        if self.enable_lora or self.lora_configs:
+            raise NotInThisVersionError("LoRA (enable_lora, lora_configs)")
+        if self.speculative is not None:
+            raise NotInThisVersionError("speculative decoding (speculative)")
+
+
+_NONE = type(None)
+# The annotations above are texts (PEP 563); these are the classes they stand for.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, _NONE),
+    "int": (int,),
+    "int | None": (int, _NONE),
+    "int | str | None": (int, str, _NONE),
+    "float": (float, int),
+    "bool": (bool,),
+    "dict[str, Any] | None": (dict, _NONE),
+    "list[dict[str, Any]] | None": (list, _NONE),
+}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache as planned."""
+
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The brain's limits. One step of one request never exceeds max_num_batched_tokens."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_chunk_tokens: int
+    pipeline_depth: int
+    seed: int = 0
+    # Free blocks that admission leaves untouched, so that a request admitted now is not the
+    # victim of the next step (thrash).
+    watermark_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine is built from; made by `octavo.engine.setup.resolve`."""
+
+    args: EngineArgs
+    model: ModelConfig
+    model_path: Path
+    tokenizer_path: Path
+    platform: Platform
+    dtype: str  # float32, bfloat16 or float16
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_chunk_tokens: int
+    pipeline_depth: int
+    attention_backend: str

@@ -1,0 +1,471 @@
+"""Who computes what in each step: one token budget, no phases.
+
+Every running request has tokens that are computed and tokens that are known; `schedule` hands out
+rows that close the gap. A request whose last known token was launched is *decoding*: it gets one
+row, and one more for each draft proposed at the end of its previous step. Decoding requests come
+first, then chunks of running prompts, then new requests, so that a long prompt never stalls the
+others.
+
+`schedule` may be called before the previous step's output was read (pipeline depth 1). `update`
+reads outputs in the order of the steps. A request that ends or is preempted while launched steps
+still hold it is a *zombie*: its slot and blocks are released when the last of them was read.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.block_pool import Block
+from octavo.core.kv_cache_manager import KVCacheManager
+from octavo.core.messages import (
+    Finish,
+    ModelOutput,
+    NewSlot,
+    PromptLogprobs,
+    Propose,
+    RowKind,
+    Rows,
+    SchedulerOutput,
+    SlotBlocks,
+    TokenLogprobs,
+)
+from octavo.core.request import FinishReason, Request, Status
+
+
+@dataclass(slots=True)
+class RequestUpdate:
+    """What one step brought to one request."""
+
+    request: Request
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    num_drafts: int = 0
+    num_accepted: int = 0
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_chunk_rows: int = 0
+    num_verify_rows: int = 0
+
+
+@dataclass(slots=True)
+class _LaunchedStep:
+    step_id: int
+    requests: list[Request] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+
+
+def no_drafts(request: Request) -> int:
+    """The draft policy of an engine without speculation."""
+    return 0
+
+
+class Scheduler:
+    """The brain's one entry: add, abort, schedule, update.
+
+    `num_drafts(request)` says how many drafts to propose at the end of a step for a request that
+    samples in it. Not thread-safe: one engine loop owns it.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        num_drafts: Callable[[Request], int] = no_drafts,
+    ) -> None:
+        self.config = config
+        self.kv = KVCacheManager(cache.num_blocks, cache.block_size)
+        self.num_drafts = num_drafts
+        self.stats = SchedulerStats()
+        self.requests: dict[str, Request] = {}  # waiting and running
+        self.running: list[Request] = []  # by Request.order
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; ended ones leave lazily
+        self._zombies: set[Request] = set()
+        self._launched: deque[_LaunchedStep] = deque()
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._generations = [0] * config.max_num_seqs
+        self._freed_slots: list[int] = []  # to be told to the device
+        self._rebuild: set[Request] = set()  # their slots must be sent anew
+        self._step_id = 0
+
+    # ------------------------------------------------------------------ requests
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. Its prompt must fit the KV cache; the engine has checked that."""
+        assert request.request_id not in self.requests, f"{request} was added twice"
+        assert self.kv.blocks_for(request.limit) <= len(self.kv.pool.blocks), f"{request} never fits"
+        self.requests[request.request_id] = request
+        self._enqueue(request)
+
+    def finish(self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None) -> None:
+        """End a request from the host: an abort, a timeout, a stop string.
+
+        `num_output_tokens` keeps only the first ones: what followed a stop string vanishes.
+        An unknown id is ignored, because the request may just have ended by itself.
+        """
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if num_output_tokens is not None:
+            del request.token_ids[request.num_prompt_tokens + num_output_tokens :]
+        self._end(request, reason)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot and are not zombies."""
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self.requests) - len(self.running)
+
+    @property
+    def num_unread_steps(self) -> int:
+        """Steps launched and not yet read."""
+        return len(self._launched)
+
+    def has_work(self) -> bool:
+        """True while some request has not ended or some step was not read."""
+        return bool(self.requests or self._launched)
+
+    # ------------------------------------------------------------------ one step
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Build the next step, or None if no request can go on before an output is read."""
+        out = SchedulerOutput(self._step_id)
+        step = _LaunchedStep(self._step_id)
+        budget = self.config.max_num_batched_tokens
+        budget = self._schedule_decodes(out, step, budget)
+        budget = self._schedule_chunks(out, step, budget)
+        self._admit(out, step, budget)
+        if not out.rows:
+            return None
+        # Only a step that is launched may carry slot changes: what was freed while nothing could
+        # run waits for the next one.
+        out.freed_slots, self._freed_slots = self._freed_slots, []
+        self._launched.append(step)
+        self._step_id += 1
+        self.stats.num_steps += 1
+        return out
+
+    def _schedule_decodes(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> int:
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            index += 1
+            if not request.decoding:
+                continue
+            room = request.limit - request.num_tokens - request.num_inflight_samples
+            if room <= 0:
+                continue  # what is in flight ends it for certain
+            num_rows = min(1 + request.num_proposed, room, budget)
+            # KV of the last token is never needed, so a request holds at most limit - 1 of it.
+            reach = request.num_computed_tokens + request.num_inflight_tokens + num_rows
+            reach = min(reach, request.limit - 1)
+            if reach > request.capacity and not self._grow(request, reach, out):
+                continue
+            self._emit(request, num_rows, RowKind.VERIFY, True, out, step)
+            budget -= num_rows
+        return budget
+
+    def _schedule_chunks(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> int:
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            index += 1
+            if request.decoding:
+                continue
+            num_rows = self._chunk_rows(request, budget)
+            reach = request.num_computed_tokens + request.num_inflight_tokens + num_rows
+            if reach > request.capacity and not self._grow(request, reach, out):
+                continue
+            self._emit_chunk(request, num_rows, out, step)
+            budget -= num_rows
+        return budget
+
+    def _admit(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> None:
+        owed = sum(
+            self.kv.blocks_for(r.num_tokens) - len(r.blocks) for r in self.running if not r.decoding
+        )
+        while self._waiting and budget > 0 and self._free_slots:
+            request = self._waiting[0][1]
+            if request.status is not Status.WAITING:
+                heapq.heappop(self._waiting)
+                continue
+            if request.num_inflight_steps:
+                return  # preempted a moment ago: its unread tokens come first
+            prefix = self.kv.find_prefix(request)
+            missing = self.kv.blocks_for(request.num_tokens) - len(prefix)
+            spare = self.config.watermark_blocks if self.running else 0
+            if missing + owed + spare > self.kv.num_free_after(prefix):
+                return
+            heapq.heappop(self._waiting)
+            self._enter(request, prefix)
+            num_rows = self._chunk_rows(request, budget)
+            new = self.kv.grow(request, request.num_computed_tokens + num_rows)
+            assert new is not None, "admission counted wrongly"
+            owed += self.kv.blocks_for(request.num_tokens) - len(request.blocks)
+            out.new_slots.append(self._new_slot(request))
+            self._emit_chunk(request, num_rows, out, step)
+            budget -= num_rows
+
+    def _chunk_rows(self, request: Request, budget: int) -> int:
+        known = request.num_tokens - request.num_computed_tokens - request.num_inflight_tokens
+        return min(known, budget, self.config.max_chunk_tokens)
+
+    def _emit_chunk(self, request: Request, num_rows: int, out: SchedulerOutput, step: _LaunchedStep) -> None:
+        reach = request.num_computed_tokens + request.num_inflight_tokens + num_rows
+        self.kv.register(request, reach)
+        samples = reach == request.num_tokens
+        request.decoding = samples
+        self._emit(request, num_rows, RowKind.CHUNK, samples, out, step)
+
+    def _emit(
+        self,
+        request: Request,
+        num_rows: int,
+        kind: RowKind,
+        samples: bool,
+        out: SchedulerOutput,
+        step: _LaunchedStep,
+    ) -> None:
+        if request in self._rebuild:
+            self._rebuild.discard(request)
+            out.new_slots.append(self._new_slot(request))
+        rows = Rows(request.slot, num_rows, kind, samples)
+        out.rows.append(rows)
+        out.row_keys.append(request.key)
+        step.requests.append(request)
+        step.rows.append(rows)
+        request.num_inflight_steps += 1
+        request.num_inflight_tokens += num_rows
+        request.num_proposed = 0
+        if kind is RowKind.VERIFY:
+            self.stats.num_verify_rows += num_rows
+        else:
+            self.stats.num_chunk_rows += num_rows
+        if not samples:
+            return
+        request.num_inflight_samples += 1
+        if request.uses_mask:
+            out.mask_slots.append(request.slot)
+        # Drafts past the limit could never be emitted.
+        room = request.limit - request.num_tokens - request.num_inflight_samples - 1
+        num_drafts = min(self.num_drafts(request), room)
+        if num_drafts > 0:
+            request.num_proposed = num_drafts
+            out.propose.append(Propose(request.slot, num_drafts))
+
+    # ------------------------------------------------------------------ blocks and slots
+
+    def _grow(self, request: Request, num_tokens: int, out: SchedulerOutput) -> bool:
+        """Give `request` blocks for `num_tokens`, preempting the last requests in order if need be.
+
+        False if it cannot run in this step: it waits for blocks that zombies return when their
+        last step is read, or that requests before it return when they end.
+        """
+        while (new := self.kv.grow(request, num_tokens)) is None:
+            missing = self.kv.blocks_for(num_tokens) - len(request.blocks)
+            if missing <= self.kv.pool.num_free + self._num_zombie_blocks():
+                return False
+            victim = self._victim(request, out)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        if new and request not in self._rebuild:
+            out.new_blocks.append(SlotBlocks(request.slot, new))
+        return True
+
+    def _num_zombie_blocks(self) -> int:
+        """Blocks that become free when the launched steps are read: those with no other user."""
+        return sum(block.ref_count == 1 for zombie in self._zombies for block in zombie.blocks)
+
+    def _victim(self, request: Request, out: SchedulerOutput) -> Request | None:
+        """The last request behind `request` in order that has no rows in this step.
+
+        A request is never its own victim: it keeps its blocks and waits, because whoever goes
+        before it can take them and whoever goes behind it will end.
+        """
+        scheduled = set(out.row_keys)
+        for candidate in reversed(self.running):
+            if candidate is request:
+                return None
+            if candidate.key not in scheduled:
+                return candidate
+        return None
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue; what is known is kept and computed again after the next admission."""
+        self.running.remove(request)
+        self._rebuild.discard(request)
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._leave(request)
+        self._enqueue(request)
+
+    def _enter(self, request: Request, prefix: list[Block]) -> None:
+        self.kv.admit(request, prefix)
+        request.slot = slot = self._free_slots.pop()
+        self._generations[slot] += 1
+        request.generation = self._generations[slot]
+        request.key = request.key._replace(slot=slot, generation=request.generation)
+        request.status = Status.RUNNING
+        request.num_computed_tokens = request.capacity
+        request.decoding = False
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.capacity
+        # A resumed request goes back to its place: order is what keeps it from starving.
+        index = len(self.running)
+        while index and self.running[index - 1].order > request.order:
+            index -= 1
+        self.running.insert(index, request)
+
+    def _new_slot(self, request: Request) -> NewSlot:
+        return NewSlot(
+            slot=request.slot,
+            generation=request.generation,
+            request_id=request.request_id,
+            token_ids=list(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            block_ids=[block.block_id for block in request.blocks],
+            num_computed_tokens=request.num_computed_tokens,
+            params=request.params,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+            limit=request.limit,
+            bad_words_ids=request.bad_words_ids,
+        )
+
+    def _leave(self, request: Request) -> None:
+        """A request stops running: release what it holds, now or when its last step is read."""
+        if request.num_inflight_steps:
+            self._zombies.add(request)
+        else:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.kv.release(request)
+        request.num_computed_tokens = request.num_inflight_tokens = 0
+        request.num_proposed = 0
+        request.decoding = False
+        if request.slot >= 0:
+            self._free_slots.append(request.slot)
+            self._freed_slots.append(request.slot)
+            request.slot = -1
+
+    def _enqueue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.order, request))
+
+    def drop_device_state(self) -> None:
+        """Have every slot sent anew: the device's state is a cache of the host's.
+
+        Only between steps, when everything launched was read. Drafts in the slots are lost.
+        """
+        assert not self._launched, "read every launched step first"
+        for request in self.running:
+            slot = request.slot
+            self._generations[slot] += 1
+            request.generation = self._generations[slot]
+            request.key = request.key._replace(generation=request.generation)
+            request.num_proposed = 0
+            self._freed_slots.append(slot)
+            self._rebuild.add(request)
+
+    # ------------------------------------------------------------------ outputs
+
+    def update(self, output: ModelOutput) -> list[RequestUpdate]:
+        """Read the oldest unread step. Requests that ended meanwhile are left out."""
+        step = self._launched.popleft()
+        assert output.step_id == step.step_id, f"step {output.step_id} read, {step.step_id} expected"
+        updates: list[RequestUpdate] = []
+        for index, (request, rows) in enumerate(zip(step.requests, step.rows, strict=True)):
+            request.num_inflight_steps -= 1
+            request.num_inflight_tokens -= rows.num_rows
+            request.num_inflight_samples -= rows.samples
+            if request.status is not Status.FINISHED:
+                updates.append(self._update_one(request, rows, output, index))
+            if request in self._zombies and not request.num_inflight_steps:
+                self._zombies.discard(request)
+                self._release(request)
+        return updates
+
+    def _update_one(self, request: Request, rows: Rows, output: ModelOutput, index: int) -> RequestUpdate:
+        tokens = output.tokens[index]
+        if rows.kind is RowKind.CHUNK:
+            request.num_computed_tokens += rows.num_rows
+        else:
+            request.num_computed_tokens += len(tokens)
+        request.token_ids += tokens
+        # Blocks filled by generated tokens; those of chunks were registered when scheduled.
+        if request.status is Status.RUNNING and rows.kind is RowKind.VERIFY:
+            self.kv.register(request, request.num_computed_tokens)
+        finish = output.finished[index]
+        reason: FinishReason | None = None
+        if finish is not Finish.NO:
+            reason = FinishReason.STOP if finish is Finish.STOP else FinishReason.LENGTH
+            self._end(request, reason)
+        return RequestUpdate(
+            request=request,
+            new_token_ids=tokens,
+            finish_reason=reason,
+            logprobs=output.logprobs[index],
+            prompt_logprobs=output.prompt_logprobs[index],
+            num_drafts=output.num_drafts_valid[index],
+            num_accepted=output.num_accepted[index],
+        )
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        running = request.status is Status.RUNNING
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+        if running:
+            self.running.remove(request)
+            self._rebuild.discard(request)
+            self._leave(request)
+        # A waiting one leaves the heap lazily; a preempted zombie is released by update().
+
+    # ------------------------------------------------------------------ checks
+
+    def check_integrity(self) -> None:
+        """Assert the invariants that hold between any two calls. For tests; O(everything)."""
+        holders = self.running + list(self._zombies)
+        self.kv.check_integrity(holders)
+        slots = [r.slot for r in holders] + self._free_slots
+        assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
+        assert self.running == sorted(self.running, key=lambda r: r.order), "running is out of order"
+        for request in self.running:
+            assert request.status is Status.RUNNING, f"{request} is in running"
+            assert request.num_inflight_tokens >= 0, f"{request}: negative in flight"
+            assert request.num_tokens <= request.limit, f"{request} is over its limit"
+            assert request.num_registered_blocks <= len(request.blocks), f"{request}: registered"
+        for zombie in self._zombies:
+            assert zombie.is_zombie, f"{zombie} is not a zombie"
+        _assert_inflight(holders, self._launched)
+
+
+def _assert_inflight(requests: Iterable[Request], launched: Iterable[_LaunchedStep]) -> None:
+    counts: dict[Request, list[int]] = {}
+    for step in launched:
+        for request, rows in zip(step.requests, step.rows, strict=True):
+            count = counts.setdefault(request, [0, 0, 0])
+            count[0] += 1
+            count[1] += rows.num_rows
+            count[2] += rows.samples
+    for request in requests:
+        expected = counts.get(request, [0, 0, 0])
+        actual = [request.num_inflight_steps, request.num_inflight_tokens, request.num_inflight_samples]
+        assert actual == expected, f"{request}: in flight {actual}, launched {expected}"
