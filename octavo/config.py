@@ -89,13 +89,13 @@ class EngineArgs:
     chat_template: str | None = _option(None, "a Jinja template or a file that holds one")
     trust_remote_code: bool = _option(False, "allow a model folder's own Python code")
     disable_log_stats: bool = _option(True, "no periodic line of statistics")
-    speculative: dict[str, Any] | None = _option(None, "speculative decoding; None is off")
+    speculative: dict[str, Any] | None = _option(None, "speculative decoding; None is off")  # noqa: RUF009
     quantization: str | None = _option(None, "weight format")
     tensor_parallel_size: int = _option(1, "GPUs that share one model")
     pipeline_parallel_size: int = _option(1, "pipeline stages")
     data_parallel_size: int = _option(1, "replicas behind one port")
     enable_lora: bool = _option(False, "serve LoRA adapters")
-    lora_configs: list[dict[str, Any]] | None = _option(None, "adapters: lora_name and lora_path each")
+    lora_configs: list[dict[str, Any]] | None = _option(None, "adapters: lora_name and lora_path each")  # noqa: RUF009
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:

@@ -45,9 +45,9 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decoding", "finish_reason", "generation",
-        "key", "limit", "num_cached_tokens", "num_computed_tokens", "num_inflight_steps",
-        "num_inflight_tokens", "num_inflight_samples", "num_preemptions", "num_prompt_tokens",
+        "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decoding", "finish_reason",
+        "generation", "key", "limit", "num_cached_tokens", "num_computed_tokens", "num_inflight_samples",
+        "num_inflight_steps", "num_inflight_tokens", "num_preemptions", "num_prompt_tokens",
         "num_proposed", "num_registered_blocks", "params", "prefix_parent", "priority", "read_cache",
         "request_id", "seed", "slot", "status", "stop_token_ids", "token_ids", "uses_mask",
     )  # fmt: skip

@@ -196,9 +196,7 @@ class Scheduler:
         return budget
 
     def _admit(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> None:
-        owed = sum(
-            self.kv.blocks_for(r.num_tokens) - len(r.blocks) for r in self.running if not r.decoding
-        )
+        owed = sum(self.kv.blocks_for(r.num_tokens) - len(r.blocks) for r in self.running if not r.decoding)
         while self._waiting and budget > 0 and self._free_slots:
             request = self._waiting[0][1]
             if request.status is not Status.WAITING:

@@ -72,27 +72,29 @@ class FakeDevice:
             self.slots.pop(slot, None)
         for new in out.new_slots:
             assert new.slot not in self.slots, f"slot {new.slot} is taken"
-            self.slots[new.slot] = _Slot(new, list(new.token_ids), list(new.block_ids), new.num_computed_tokens)
+            self.slots[new.slot] = _Slot(
+                new, list(new.token_ids), list(new.block_ids), new.num_computed_tokens
+            )
         for slot, ids in out.new_blocks:
             self.slots[slot].blocks += ids
         assert len({rows.slot for rows in out.rows}) == len(out.rows), "a slot has rows twice"
         self.max_rows = max(self.max_rows, out.num_tokens)
 
         work = [self._inputs(rows, key) for rows, key in zip(out.rows, out.row_keys, strict=True)]
-        for slot, texts, _ in work:  # every row stores before any row reads
+        for state, texts, _ in work:  # every row stores before any row reads
             for text in texts:
-                self._store(slot, text)
-        for slot, texts, _ in work:
+                self._store(state, text)
+        for state, texts, _ in work:
             for text in texts:
-                self._check(slot, text)
+                self._check(state, text)
         results = [self._sample(rows, *item) for rows, item in zip(out.rows, work, strict=True)]
         propose = dict(out.propose)
         drafts: dict[int, list[int]] = {}
         for rows in out.rows:
-            slot = self.slots[rows.slot]
-            slot.drafts = []
-            if rows.slot in propose and not slot.finished:
-                slot.drafts = drafts[rows.slot] = self._draft(slot, propose[rows.slot])
+            state = self.slots[rows.slot]
+            state.drafts = []
+            if rows.slot in propose and not state.finished:
+                state.drafts = drafts[rows.slot] = self._draft(state, propose[rows.slot])
         self.outputs.append(
             ModelOutput(
                 step_id=out.step_id,

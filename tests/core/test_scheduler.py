@@ -35,7 +35,13 @@ class Bench:
 
     def add(self, prompt: list[int], output: int = 8, **options: Any) -> Request:
         request = Request(
-            f"r{self.arrivals}", prompt, PARAMS, seed=1, limit=len(prompt) + output, arrival=self.arrivals, **options
+            f"r{self.arrivals}",
+            prompt,
+            PARAMS,
+            seed=1,
+            limit=len(prompt) + output,
+            arrival=self.arrivals,
+            **options,
         )
         self.arrivals += 1
         self.scheduler.add(request)

@@ -45,7 +45,7 @@ class Simulation:
         self.prefixes = [[rng.randrange(VOCAB) for _ in range(self.max_len)] for _ in range(3)]
         self.open: dict[str, Request] = {}
         self.arrivals = 0
-        self.ended = {reason: 0 for reason in FinishReason}
+        self.ended = dict.fromkeys(FinishReason, 0)
         self.hits = 0
 
     def step(self) -> None:
@@ -64,7 +64,7 @@ class Simulation:
         rng = self.rng
         prompt = rng.choice(self.prefixes)[: rng.randint(1, self.max_len - 2)]
         if rng.random() < 0.5:
-            prompt = prompt[:-1] + [rng.randrange(VOCAB)]
+            prompt = [*prompt[:-1], rng.randrange(VOCAB)]
         request = Request(
             f"r{self.arrivals}",
             prompt,

@@ -1,0 +1,85 @@
+"""The seam between a model and the way its attention is computed.
+
+A `ForwardContext` is handed to the model's forward as an argument; there is no global, because
+target and draft model live in one process. A backend owns the layout of its KV cache: nobody
+else indexes into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """The ragged batch of one step. All tensors live on the model's device.
+
+    Row i of request r is token row ``query_start_loc[r] + i``. A row attends to the KV positions
+    ``<= positions[row]`` of its own request (and within the sliding window, if there is one).
+    Padding rows have position -1 and slot_mapping -1: nothing is stored or read for them, and
+    their attention output is zero.
+    """
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32, token rows of the requests, cumulative
+    seq_lens: torch.Tensor  # [num_reqs] int32, KV length including this step's valid rows
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32; a row's stride may exceed max_blocks
+    slot_mapping: torch.Tensor  # [num_tokens] int64, block_id * block_size + offset, or -1
+    positions: torch.Tensor  # [num_tokens] int64, or -1
+    num_reqs: int
+    num_tokens: int
+    max_query_len: int
+    max_seq_len: int  # an upper bound; the host knows no better
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """Everything a model's forward needs beside ids and positions."""
+
+    attention: AttentionMetadata
+    kv_caches: list[torch.Tensor]  # one a layer, shaped by the backend
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What a layer's attention is, fixed at construction. Heads are this rank's."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # queries are multiplied by it
+    sliding_window: int | None = None  # a row sees at most this many positions, its own included
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap)
+
+
+class AttentionBackend(Protocol):
+    """One way to compute paged attention. `name` is what attention_backend="…" selects."""
+
+    name: str
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> tuple[int, ...]:
+        """Shape of one layer's KV cache, keys and values together."""
+        ...
+
+    def store(
+        self,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim], rotary applied
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> None:
+        """Write this step's keys and values; rows with slot_mapping -1 are skipped."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_dim], rotary applied
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Attention output [num_tokens, num_heads * head_dim] in the query's dtype."""
+        ...

@@ -1,0 +1,183 @@
+"""The `octavo` command: which verbs there are, and how it ends.
+
+A verb's module is imported when the verb is called, never for `octavo --help`: the table below
+holds all that the overview needs. Errors raised on purpose are printed as one block without a
+traceback; `--debug` shows it.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import click
+
+from octavo import __version__
+from octavo.errors import NotInThisVersionError, OctavoError
+
+# verb -> (module with a click command named `command`, one line of help)
+VERBS = {
+    "chat": ("octavo.cli.chat", "Talk to a model in the terminal."),
+    "generate": ("octavo.cli.generate", "Continue one or more prompts."),
+    "models": ("octavo.cli.models", "List what is supported and what is in the cache."),
+    "env": ("octavo.cli.env", "Show what this machine has."),
+    "plan": ("octavo.cli.plan", "Show whether a model fits here, without loading it."),
+}
+VERBS_TO_COME = {
+    "serve": "OpenAI-compatible server.",
+    "bench": "Measure one engine.",
+    "compare": "Run the same work through several engines.",
+    "batch": "Offline jobs.",
+    "verify": "Prove that speculation and batching change no token.",
+    "quantize": "Make 4-bit checkpoints.",
+}
+
+
+@dataclass
+class Session:
+    """What the group and its verbs share with `run`, which handles their errors."""
+
+    debug: bool = False
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        session = context.find_object(Session)
+        if session is not None:
+            session.debug = True
+
+
+def debug_option() -> click.Option:
+    """`--debug`, accepted before and after the verb."""
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="Show the traceback of an error.",
+    )
+
+
+class VerbGroup(click.Group):
+    """Verbs by table, imported when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*VERBS, *VERBS_TO_COME]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in VERBS_TO_COME:
+            return _refusing_command(cmd_name)
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(VERBS[cmd_name][0]).command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{VERBS[cmd_name][0]}.command is not a click command")
+        if not any(parameter.name == "debug" for parameter in command.params):
+            command.params.append(debug_option())
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        verb = args[0]
+        if not verb.startswith("-") and verb not in VERBS and verb not in VERBS_TO_COME:
+            near = difflib.get_close_matches(verb, self.list_commands(ctx), n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VERBS)}."
+            raise click.UsageError(f"No such verb {verb!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+        with formatter.section("Not in this version"):
+            formatter.write_dl(list(VERBS_TO_COME.items()))
+
+
+def _refusing_command(verb: str) -> click.Command:
+    """A verb that is known but not built yet: whatever follows it, it is refused in one line."""
+
+    def refuse(rest: tuple[str, ...]) -> None:
+        raise NotInThisVersionError(f"octavo {verb}")
+
+    return click.Command(
+        verb,
+        callback=refuse,
+        params=[click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED), debug_option()],
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    )
+
+
+cli = VerbGroup(
+    "octavo",
+    help="Octavo: a paged LLM inference engine. `octavo VERB --help` explains a verb.",
+    params=[
+        debug_option(),
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            help="Show the version and exit.",
+            callback=lambda context, _, value: _show_version(context) if value else None,
+        ),
+    ],
+    subcommand_metavar="VERB [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _show_version(context: click.Context) -> None:
+    click.echo(f"octavo {__version__}")
+    context.exit()
+
+
+def main(arguments: Sequence[str] | None = None, command: click.Command = cli) -> int:
+    """Run the command line (or one command of it) and return its exit code; nothing is raised."""
+    session = Session()
+    try:
+        result = command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name=command.name,
+            standalone_mode=False,
+            obj=session,
+        )
+        sys.stdout.flush()
+    except click.ClickException as error:  # wrong usage; click words it and suggests
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output went away (`octavo models | head`). Python flushes stdout once
+        # more at exit, which must not fail loudly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OctavoError as error:
+        _show_error(str(error), session)
+        return error.exit_code
+    except Exception as error:  # a defect of ours: still one block
+        _show_error(f"internal error: {type(error).__name__}: {error}", session)
+        if not session.debug:
+            click.echo("This is a defect in Octavo; --debug shows the traceback.", err=True)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _show_error(message: str, session: Session) -> None:
+    if session.debug:
+        traceback.print_exc()
+    click.echo(f"octavo: error: {message}", err=True)
+
+
+def run() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""The loop: schedule, execute, update, detokenize.
+
+`Engine` is synchronous and single-threaded; `octavo.llm.LLM` drives it directly and
+`octavo.engine.async_engine.AsyncLLM` from a thread. It owns the scheduler and talks to the muscle
+through an executor; it never sees a tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+from octavo.core.messages import ModelOutput, SchedulerOutput
+from octavo.core.mix import mix64
+from octavo.core.request import FinishReason, Request
+from octavo.core.scheduler import RequestUpdate, Scheduler
+from octavo.engine.detokenizer import IncrementalDetokenizer
+from octavo.engine.grammar import GrammarCompiler, Matcher
+from octavo.engine.inputs import Prompt, PromptInput, read_prompt
+from octavo.engine.request_state import OutputKind, RequestState, Sample
+from octavo.engine.tokenizer import Tokenizer
+from octavo.errors import RequestError
+from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.sampling.batch import bad_word_spellings
+from octavo.sampling_params import SamplingParams
+from octavo.worker.executor import Executor
+from octavo.worker.model_runner import GrammarMasks
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the engine must know of the model."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    enable_prefix_caching: bool
+
+
+class Engine:
+    """Requests in, outputs out. `step` once for every step while `has_work`."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        grammar: GrammarCompiler | None = None,
+    ) -> None:
+        self.info = info
+        self.scheduler = scheduler
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self._grammar = grammar
+        self._depth = scheduler.config.pipeline_depth
+        self._states: dict[str, RequestState] = {}
+        self._samples: dict[str, tuple[RequestState, Sample]] = {}  # by the sequence's id
+        self._arrivals = itertools.count()
+
+    # ------------------------------------------------------------------ requests
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: PromptInput,
+        params: SamplingParams,
+        kind: OutputKind = "final",
+        *,
+        add_special_tokens: bool = True,
+        arrival_time: float | None = None,
+    ) -> None:
+        """Queue a request. Raises RequestError, and keeps nothing of it, if it cannot be served."""
+        if request_id in self._states:
+            raise RequestError(f"a request with id {request_id!r} is being served already", "request_id")
+        arrival_time = time.monotonic() if arrival_time is None else arrival_time
+        params.check_for_model(self.info.vocab_size)
+        if params.best_of is not None and kind != "final":
+            raise RequestError("best_of cannot stream: which answers are best is known at the end", "best_of")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
+        if params.bad_words and self.tokenizer is None:
+            raise RequestError("bad_words needs a tokenizer, and this engine has none", "bad_words")
+        given = read_prompt(
+            prompt,
+            self.tokenizer,
+            self.info.vocab_size,
+            self.info.max_model_len,
+            add_special_tokens=add_special_tokens,
+        )
+        matcher = self._compile_grammar(params)
+        metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(given.token_ids))
+        state = RequestState(request_id, given.text, given.token_ids, params, kind, metrics)
+        arrival = next(self._arrivals)
+        base_seed = mix64(self.info.seed, arrival) if params.seed is None else params.seed
+        sequence_params = params
+        if params.best_of is not None and params.logprobs is None:
+            sequence_params = params.replace(logprobs=0)  # best_of ranks by them
+        for index in range(params.num_samples):
+            request = self._sequence(
+                given, sequence_params, arrival, index, mix64(base_seed, index), request_id
+            )
+            detokenizer = None
+            if self.tokenizer is not None:
+                detokenizer = IncrementalDetokenizer(
+                    self.tokenizer,
+                    given.token_ids,
+                    stop=params.stop,
+                    include_stop_str_in_output=params.include_stop_str_in_output,
+                    skip_special_tokens=params.skip_special_tokens,
+                    min_tokens=params.min_tokens,
+                    # A completion goes on from its prompt, space included; a chat answer stands alone.
+                    continue_prompt=add_special_tokens,
+                )
+            sample = Sample(index, request, detokenizer, matcher.copy() if matcher is not None else None)
+            state.samples.append(sample)
+            self._samples[request.request_id] = (state, sample)
+        self._states[request_id] = state
+        for sample in state.samples:
+            self.scheduler.add(sample.request)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now. Returns what it has so far, or None for an id that is not served."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None
+        for sample in state.samples:
+            if sample.finish_reason is None:
+                self.scheduler.finish(sample.request.request_id, FinishReason.ABORT)
+                self._close(sample, FinishReason.ABORT)
+        del self._states[request_id]
+        return state.output()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were added and have not ended."""
+        return len(self._states)
+
+    def has_work(self) -> bool:
+        """True while a step could bring something."""
+        return self.scheduler.has_work()
+
+    def shutdown(self) -> None:
+        """Stop the executor; open requests get nothing more."""
+        self.executor.shutdown()
+
+    # ------------------------------------------------------------------ the step
+
+    def step(self) -> list[RequestOutput]:
+        """One step: launch what can be launched, read what is due."""
+        out = self.scheduler.schedule()
+        outputs: list[RequestOutput] = []
+        if out is not None:
+            self._note_first_schedule(out)
+            self.executor.launch(out)
+            if out.needs_mask:  # grammars follow the tokens, so these must be in first
+                while self.scheduler.num_unread_steps > 1:
+                    outputs += self._process(self.executor.collect())
+                self.executor.provide_masks(self._masks(out))
+        if self.scheduler.num_unread_steps > (self._depth if out is not None else 0):
+            outputs += self._process(self.executor.collect())
+        return outputs
+
+    def _process(self, output: ModelOutput) -> list[RequestOutput]:
+        now = time.monotonic()
+        touched: dict[str, RequestState] = {}
+        for update in self.scheduler.update(output):
+            state, sample = self._samples[update.request.request_id]
+            if update.new_token_ids or update.finish_reason is not None:
+                if state.metrics.first_token_time is None:
+                    state.metrics.first_token_time = now
+                self._add_tokens(state, sample, update, output.errors.get(update.request.key))
+            if update.prompt_logprobs is not None and sample.index == 0:
+                state.add_prompt_logprobs(update.prompt_logprobs, self.tokenizer)
+            if sample.finish_reason is not None or (state.kind != "final" and update.new_token_ids):
+                touched[state.request_id] = state
+        outputs = []
+        for state in touched.values():
+            if state.finished:
+                del self._states[state.request_id]
+            if state.finished or state.kind != "final":
+                outputs.append(state.output())
+        return outputs
+
+    def _add_tokens(
+        self, state: RequestState, sample: Sample, update: RequestUpdate, error: str | None
+    ) -> None:
+        """Tokens of one step, to the first one that ends the request; the rest vanish."""
+        tokens, reason = update.new_token_ids, update.finish_reason
+        if error is not None:
+            cause = sample.matcher.error if sample.matcher is not None else None
+            reason, sample.error = FinishReason.ERROR, f"{error}: {cause}" if cause else error
+        request, params = sample.request, state.params
+        if sample.matcher is not None and tokens:
+            sample.matcher.accept(tokens)
+        stop_token = reason is FinishReason.STOP and bool(tokens)
+        if stop_token and tokens[-1] in params.stop_token_ids:
+            sample.stop_reason = tokens[-1]
+        detokenizer = sample.detokenizer
+        if detokenizer is not None:
+            sample.new_text += detokenizer.append(tokens, reason is not None, stop_token)
+            if detokenizer.stop_reason is not None:  # a stop string, which came before all else
+                kept = detokenizer.num_tokens
+                vanished = request.num_output_tokens - kept
+                tokens = tokens[: len(tokens) - vanished]
+                sample.stop_reason, reason = detokenizer.stop_reason, FinishReason.STOP
+                if update.finish_reason is None:
+                    self.scheduler.finish(request.request_id, FinishReason.STOP, kept)
+                elif vanished:
+                    del request.token_ids[request.num_prompt_tokens + kept :]
+        if update.logprobs is not None:
+            sample.add_logprobs(update.logprobs[: len(tokens)], tokens, self.tokenizer)
+        if reason is not None:
+            self._close(sample, reason)
+
+    def _close(self, sample: Sample, reason: FinishReason) -> None:
+        sample.finish_reason = reason
+        if sample.detokenizer is not None and reason is FinishReason.ABORT:
+            sample.new_text += sample.detokenizer.append([], True)
+        del self._samples[sample.request.request_id]
+
+    def _masks(self, out: SchedulerOutput) -> GrammarMasks:
+        """Bit masks for the rows that wait for one."""
+        words = -(-self.info.vocab_size // 32)
+        waiting = set(out.mask_slots)
+        masks: dict[int, np.ndarray[tuple[int, int], np.dtype[np.int32]]] = {}
+        for key in out.row_keys:
+            if key.slot in waiting:
+                mask = np.full((1, words), -1, dtype=np.int32)
+                entry = self._samples.get(key.request_id)  # gone if it has just ended
+                if entry is not None and entry[1].matcher is not None:
+                    entry[1].matcher.fill_mask(mask[0])
+                masks[key.slot] = mask
+        return masks
+
+    # ------------------------------------------------------------------ making sequences
+
+    def _sequence(
+        self, prompt: Prompt, params: SamplingParams, arrival: int, index: int, seed: int, request_id: str
+    ) -> Request:
+        num_prompt = len(prompt.token_ids)
+        room = self.info.max_model_len - num_prompt
+        wanted = room if params.max_tokens is None else params.max_tokens
+        stop = tuple(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop += tuple(token for token in self.info.eos_token_ids if token not in stop)
+        namespace: Hashable | None = params.cache_salt or ""
+        if not self.info.enable_prefix_caching:
+            # Samples of one request share its prompt even then; nobody else does.
+            namespace = ("samples of", request_id, arrival) if params.num_samples > 1 else None
+        return Request(
+            request_id=f"{request_id}/{index}",
+            prompt_token_ids=prompt.token_ids,
+            params=params,
+            seed=seed,
+            limit=num_prompt + min(wanted, room),
+            arrival=arrival * 2**20 + index,  # samples stay side by side in the order of arrival
+            stop_token_ids=stop,
+            bad_words_ids=self._bad_words(params),
+            priority=params.priority,
+            cache_namespace=namespace,
+            read_cache=params.prompt_logprobs is None,
+            uses_mask=params.structured_outputs is not None,
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
+        return tuple(
+            bad_word_spellings(
+                params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False)
+            )
+        )
+
+    def _compile_grammar(self, params: SamplingParams) -> Matcher | None:
+        if params.structured_outputs is None:
+            return None
+        if self._grammar is None:
+            raise RequestError(
+                "structured_outputs needs a tokenizer, and this engine has none", "structured_outputs"
+            )
+        return self._grammar.compile(params.structured_outputs)
+
+    def _note_first_schedule(self, out: SchedulerOutput) -> None:
+        for new in out.new_slots:
+            entry = self._samples.get(new.request_id)
+            if entry is not None and entry[0].metrics.first_scheduled_time is None:
+                entry[0].metrics.first_scheduled_time = time.monotonic()
+
+
+def failed_output(request_id: str, prompt: PromptInput, error: RequestError) -> RequestOutput:
+    """The output of a request that could not be served at all."""
+    text = prompt if isinstance(prompt, str) else None
+    completion = CompletionOutput(index=0, finish_reason="error", error=str(error))
+    return RequestOutput(request_id, text, [], outputs=[completion], finished=True)

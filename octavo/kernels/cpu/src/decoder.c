@@ -1,0 +1,129 @@
+/* A whole decoder in one call.
+ *
+ * The residual stream stays in f32; what enters a product is rounded to the model's dtype. The
+ * rows of a large step pass through a layer in chunks, so that what a chunk's next operation reads
+ * is still in cache; but the keys and values of all rows of the step are stored before any row
+ * reads them, because a row may belong to a request whose earlier rows are in another chunk.
+ *
+ * Every operation works row by row in a fixed order (linear.c, norm.c), so chunks change no bit.
+ */
+#include <stdlib.h>
+
+#include "octavo_cpu.h"
+
+#define CHUNK_ROWS 256
+#define ALIGNMENT 64
+
+typedef struct {
+    float *residual; /* [rows][hidden] */
+    float *qkv;      /* [rows][(H + 2 KV) D] */
+    void *attended;  /* [rows][H D] in dtype */
+    void *normed;    /* [chunk][hidden] in dtype */
+    void *activated; /* [chunk][intermediate] in dtype */
+    int64_t *ids;    /* [rows] */
+} work_space;
+
+static int64_t widest(const oc_decoder *d, int which) {
+    int64_t most = 0;
+    for (int i = 0; i < d->num_layers; i++) {
+        const oc_decoder_layer *l = &d->layers[i];
+        const int64_t width = which == 0 ? l->qkv.n : which == 1 ? l->o.k : l->down.k;
+        if (width > most) most = width;
+    }
+    return most;
+}
+
+static void *take(uintptr_t *cursor, int64_t bytes) {
+    const uintptr_t start = *cursor;
+    *cursor += (uintptr_t)(bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return (void *)start;
+}
+
+/* Lays the buffers out from `base`; with base 0 this only measures. Returns the end. */
+static uintptr_t lay_out(const oc_decoder *d, int64_t rows, uintptr_t base, work_space *w) {
+    const int64_t size = d->dtype == OC_F32 ? 4 : 2, chunk = rows < CHUNK_ROWS ? rows : CHUNK_ROWS;
+    uintptr_t cursor = base;
+    w->residual = take(&cursor, rows * d->hidden * 4);
+    w->qkv = take(&cursor, rows * widest(d, 0) * 4);
+    w->attended = take(&cursor, rows * widest(d, 1) * size);
+    w->normed = take(&cursor, chunk * d->hidden * size);
+    w->activated = take(&cursor, chunk * widest(d, 2) * size);
+    w->ids = take(&cursor, rows * 8);
+    return cursor;
+}
+
+static int32_t prepare(oc_decoder *d, int64_t rows, work_space *w) {
+    const int64_t bytes = (int64_t)lay_out(d, rows, 0, w) + ALIGNMENT;
+    if (bytes > d->scratch_bytes) {
+        free(d->scratch);
+        d->scratch_bytes = 0;
+        d->scratch = malloc((size_t)bytes);
+        if (!d->scratch) return OC_NO_MEMORY;
+        d->scratch_bytes = bytes;
+    }
+    const uintptr_t start = ((uintptr_t)d->scratch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    lay_out(d, rows, start, w);
+    return OC_OK;
+}
+
+static int32_t embed(const oc_decoder *d, const oc_step *step, const int64_t *ids, work_space *w) {
+    for (int64_t i = 0; i < step->num_tokens; i++) {
+        const int padding = step->positions[i] < 0;
+        if (!padding && (ids[i] < 0 || ids[i] >= d->vocab)) return OC_BAD_ID;
+        w->ids[i] = padding ? 0 : ids[i];
+    }
+    if (d->packed_embedding.data)
+        oc_gather_packed(&d->packed_embedding, w->ids, step->num_tokens, w->residual);
+    else
+        oc_gather_plain(d->plain_embedding, d->dtype, d->hidden, w->ids, step->num_tokens, w->residual);
+    return OC_OK;
+}
+
+static int32_t run_layer(const oc_decoder *d, const oc_decoder_layer *l, const oc_step *step,
+                         void *kv_cache, const work_space *w) {
+    const int64_t rows = step->num_tokens, size = d->dtype == OC_F32 ? 4 : 2;
+    int32_t failed = OC_OK;
+    for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
+        const int64_t m = rows - start < CHUNK_ROWS ? rows - start : CHUNK_ROWS;
+        oc_rms_norm(w->residual + start * d->hidden, OC_F32, l->input_norm, d->eps, m, d->hidden,
+                    w->normed, d->dtype);
+        failed |= oc_linear(w->normed, d->hidden, m, &l->qkv, l->qkv_bias,
+                            w->qkv + start * l->qkv.n, l->qkv.n, OC_F32, OC_STORE);
+    }
+    if (failed) return failed;
+    oc_rope_store(&l->attention, step, w->qkv, d->cos, d->sin, d->rot_dim, l->q_norm, l->k_norm,
+                  d->eps, kv_cache);
+    oc_attend(&l->attention, step, w->qkv, l->qkv.n, kv_cache, w->attended, d->dtype);
+    for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
+        const int64_t m = rows - start < CHUNK_ROWS ? rows - start : CHUNK_ROWS;
+        float *residual = w->residual + start * d->hidden;
+        failed |= oc_linear((char *)w->attended + start * l->o.k * size, l->o.k, m, &l->o, l->o_bias,
+                            residual, d->hidden, OC_F32, OC_RESIDUAL);
+        oc_rms_norm(residual, OC_F32, l->post_norm, d->eps, m, d->hidden, w->normed, d->dtype);
+        failed |= oc_linear(w->normed, d->hidden, m, &l->gate_up, l->gate_up_bias, w->activated,
+                            l->down.k, d->dtype, OC_SILU_MUL);
+        failed |= oc_linear(w->activated, l->down.k, m, &l->down, l->down_bias, residual, d->hidden,
+                            OC_F32, OC_RESIDUAL);
+    }
+    return failed;
+}
+
+OC_EXPORT int32_t oc_decoder_forward(oc_decoder *d, const oc_step *step, const int64_t *ids,
+                                     void *const *kv_caches, void *hidden_out) {
+    if (step->num_tokens <= 0) return OC_OK;
+    work_space w;
+    int32_t failed = prepare(d, step->num_tokens, &w);
+    if (!failed) failed = embed(d, step, ids, &w);
+    for (int i = 0; i < d->num_layers && !failed; i++)
+        failed = run_layer(d, &d->layers[i], step, kv_caches[i], &w);
+    if (failed) return failed;
+    oc_rms_norm(w.residual, OC_F32, d->final_norm, d->eps, step->num_tokens, d->hidden, hidden_out,
+                d->dtype);
+    return OC_OK;
+}
+
+OC_EXPORT void oc_decoder_release(oc_decoder *d) {
+    free(d->scratch);
+    d->scratch = NULL;
+    d->scratch_bytes = 0;
+}

@@ -1,0 +1,42 @@
+"""The only place that asks which hardware this is.
+
+`detect` gives a frozen description of the machine; every later decision (device, dtype, threads,
+memory plan) is made from it and can be tested by handing in another one.
+
+    hardware      cores, memory, instruction sets, GPUs: what this process may use
+    cgroup        the limits of containers and batch systems
+    environment   variables that must be set before torch is imported; where the cache lies
+    bandwidth     how fast main memory is read
+    report        all of it, for `octavo env` and for bug reports
+"""
+
+from __future__ import annotations
+
+from octavo.platform.bandwidth import memory_bandwidth_probe
+from octavo.platform.environment import cache_root, prepare_environment
+from octavo.platform.hardware import (
+    Gpu,
+    Platform,
+    cpu_flags,
+    cpu_model,
+    detect,
+    gpu_memory,
+    memory,
+    usable_cores,
+)
+from octavo.platform.report import describe
+
+__all__ = [
+    "Gpu",
+    "Platform",
+    "cache_root",
+    "cpu_flags",
+    "cpu_model",
+    "describe",
+    "detect",
+    "gpu_memory",
+    "memory",
+    "memory_bandwidth_probe",
+    "prepare_environment",
+    "usable_cores",
+]

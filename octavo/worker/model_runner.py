@@ -1,0 +1,200 @@
+"""One step on the device: slot changes, forward, sampling, and the answer to the host.
+
+A step is two launches. `forward` takes the rows and ends with logits; `sample` takes the grammar
+masks, if any row waits for one, and ends with the tokens of the step and the moved counters.
+Between the two the host may read the previous step and advance its grammars.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from octavo.attention.backend import ForwardContext
+from octavo.core.messages import (
+    Finish,
+    ModelOutput,
+    NewSlot,
+    PromptLogprobs,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from octavo.models.decoder import CausalLM
+from octavo.sampling.batch import Bitmask, SamplingSlots, compile_params
+from octavo.sampling.sampler import NO_TOKEN, Sampler
+from octavo.worker.input_batch import DeviceState, StepInputs, StepResult, StepRows
+
+# slot -> bit masks of its rows of logits, int32 [rows of the slot, words]
+GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
+
+# Prompt logprobs need the head on every row of a chunk: in slices, because one row of logits is
+# vocab_size floats.
+_HEAD_SLICE = 64
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step between its two launches."""
+
+    out: SchedulerOutput
+    rows: StepRows
+    inputs: StepInputs
+    logits: torch.Tensor | None  # [L, vocab_size] float32; None if nothing is sampled
+    prompt_logprobs: list[PromptLogprobs | None]
+    started: float
+
+
+class ModelRunner:
+    """Owns the device state, the KV caches and the model of one rank."""
+
+    def __init__(
+        self, model: CausalLM, kv_caches: list[torch.Tensor], state: DeviceState, sampler: Sampler
+    ) -> None:
+        self.model = model
+        self.state = state
+        self._kv_caches = kv_caches
+        self._sampler = sampler
+        self._sampling = SamplingSlots(len(state.limit))
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, how many)
+        self._launched: _Launched | None = None
+
+    @torch.inference_mode()
+    def forward(self, out: SchedulerOutput) -> None:
+        """First launch: apply the slot changes of `out` and compute its rows up to the logits."""
+        assert self._launched is None, "the step before was not sampled"
+        started = time.perf_counter()
+        for slot in out.freed_slots:
+            self.state.remove(slot)
+            self._sampling.remove(slot)
+            self._prompt_logprobs.pop(slot, None)
+        for new in out.new_slots:
+            self._put(new)
+        for slot, block_ids in out.new_blocks:
+            self.state.append_blocks(slot, block_ids)
+
+        rows = StepRows.of(out)
+        inputs = self.state.prepare(rows)
+        context = ForwardContext(inputs.metadata, self._kv_caches)
+        hidden = self.model.forward(inputs.input_ids, inputs.positions, context)
+        logits = None
+        if len(rows.sampled):
+            if len(rows.logits_rows) == len(hidden):
+                logits = self.model.logits(hidden)
+            else:
+                logits = self.model.logits(hidden[torch.from_numpy(rows.logits_rows).to(hidden.device)])
+        asked = self._compute_prompt_logprobs(rows, hidden) if self._prompt_logprobs else {}
+        prompt_logprobs = [asked.get(index) for index in range(len(rows.slots))]
+        self._launched = _Launched(out, rows, inputs, logits, prompt_logprobs, started)
+
+    @torch.inference_mode()
+    def sample(self, masks: GrammarMasks | None = None) -> ModelOutput:
+        """Second launch: draw, verify, move the counters. `masks` has an entry a mask slot."""
+        launched = self._launched
+        assert launched is not None, "no forward to sample from"
+        self._launched = None
+        out, rows, inputs = launched.out, launched.rows, launched.inputs
+        count = len(rows.slots)
+        output = ModelOutput(
+            step_id=out.step_id,
+            keys=out.row_keys,
+            tokens=[[] for _ in range(count)],
+            num_drafts_valid=[0] * count,
+            num_accepted=[0] * count,
+            finished=[Finish.NO] * count,
+            logprobs=[None] * count,
+            prompt_logprobs=launched.prompt_logprobs,
+        )
+        if launched.logits is None:
+            self.state.num_computed[torch.from_numpy(rows.slots)] += inputs.num_valid
+        else:
+            row_slots = rows.slots[rows.sampled][rows.logits_request]
+            positions = inputs.positions[torch.from_numpy(rows.logits_rows)]
+            positions = torch.where(positions < 0, -1, positions + 1)
+            grammar = _grammar_rows(masks, row_slots) if masks else None
+            batch = self._sampling.batch(row_slots, positions, self.state.tokens, grammar)
+            drawn, logprobs = self._sampler(launched.logits, batch)
+            result = self.state.finish(rows, inputs, drawn)
+            _fill(output, rows, result, logprobs)
+        output.target_seconds = time.perf_counter() - launched.started
+        return output
+
+    def _put(self, new: NewSlot) -> None:
+        self.state.put(new)
+        params = new.params
+        self._sampling.put(
+            new.slot,
+            compile_params(
+                params,
+                seed=new.seed,
+                num_prompt_tokens=new.num_prompt_tokens,
+                vocab_size=self.model.config.vocab_size,
+                stop_ids=new.stop_token_ids,
+                bad_words_ids=new.bad_words_ids,
+            ),
+        )
+        if params.prompt_logprobs is None:
+            self._prompt_logprobs.pop(new.slot, None)
+        else:
+            self._prompt_logprobs[new.slot] = (new.num_prompt_tokens, params.prompt_logprobs)
+
+    def _compute_prompt_logprobs(self, rows: StepRows, hidden: torch.Tensor) -> dict[int, PromptLogprobs]:
+        found: dict[int, PromptLogprobs] = {}
+        for index, slot in enumerate(rows.slots.tolist()):
+            if rows.is_verify[index] or slot not in self._prompt_logprobs:
+                continue
+            num_prompt_tokens, num_top = self._prompt_logprobs[slot]
+            first = int(rows.query_start_loc[index])
+            start = int(self.state.num_computed[slot]) + 1  # the prompt token after the first row
+            count = min(int(rows.num_rows[index]), num_prompt_tokens - start)
+            entries: list[TokenLogprobs] = []
+            for begin in range(0, count, _HEAD_SLICE):
+                end = min(begin + _HEAD_SLICE, count)
+                logits = self.model.logits(hidden[first + begin : first + end])
+                targets = self.state.tokens[slot, start + begin : start + end].to(torch.int64)
+                entries += self._sampler.logprobs(logits, targets, [num_top] * (end - begin))
+            if count > 0:
+                found[index] = PromptLogprobs(start, entries)
+        return found
+
+
+def _grammar_rows(masks: GrammarMasks, row_slots: npt.NDArray[np.int64]) -> Bitmask:
+    rows: list[npt.NDArray[np.int64]] = []
+    words: list[npt.NDArray[np.int32]] = []
+    for slot, mask in masks.items():
+        mine = np.flatnonzero(row_slots == slot)[: len(mask)]
+        rows.append(mine)
+        words.append(mask[: len(mine)])
+    return Bitmask(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(words)))
+
+
+def _fill(
+    output: ModelOutput, rows: StepRows, result: StepResult, logprobs: list[TokenLogprobs | None] | None
+) -> None:
+    """Read the step's result back and put it where its requests are."""
+    tokens, emitted = result.tokens.tolist(), result.num_emitted.tolist()
+    drafts, accepted = result.num_drafts.tolist(), result.num_accepted.tolist()
+    finished = result.finished.tolist()
+    first_row = np.flatnonzero(rows.logits_column == 0).tolist()
+    for place, index in enumerate(rows.sampled.tolist()):
+        count = emitted[place]
+        mine = tokens[place][:count]
+        if finished[place]:
+            output.finished[index] = Finish(finished[place])
+            if mine[-1] == NO_TOKEN:
+                mine.pop()
+                output.errors[output.keys[index]] = (
+                    "no token is legal here: the masks of this request (structured_outputs, "
+                    "allowed_token_ids, logit_bias, bad_words, min_tokens) exclude each other, "
+                    "or the model computed no finite logit"
+                )
+        output.tokens[index] = mine
+        output.num_drafts_valid[index] = drafts[place]
+        output.num_accepted[index] = accepted[place]
+        if logprobs is not None and logprobs[first_row[place]] is not None:
+            start = first_row[place]
+            output.logprobs[index] = [entry for entry in logprobs[start : start + len(mine)] if entry]

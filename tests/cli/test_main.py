@@ -1,0 +1,112 @@
+"""Verbs, suggestions, exit codes, and how errors are shown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from octavo.cli import main as cli_main
+from octavo.errors import InsufficientMemoryError
+from tests.cli.conftest import Cli
+from tests.cli.fakes import FakeLLM
+
+
+def test_help_lists_all_verbs(cli: Cli) -> None:
+    result = cli("--help")
+    assert result.code == 0
+    for verb in [*cli_main.VERBS, *cli_main.VERBS_TO_COME]:
+        assert f"\n  {verb}" in result.out
+    assert "Not in this version" in result.out
+
+
+def test_every_verb_explains_itself(cli: Cli) -> None:
+    for verb in cli_main.VERBS:
+        result = cli(verb, "--help")
+        assert result.code == 0
+        assert f"Usage: octavo {verb}" in result.out
+        assert "--debug" in result.out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == "octavo 0.1.0\n"
+
+
+@pytest.mark.parametrize("verb", list(cli_main.VERBS_TO_COME))
+def test_a_verb_to_come_is_refused_in_one_line(cli: Cli, verb: str) -> None:
+    result = cli(verb, "some-model", "--port", "8000", "--help")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"octavo: error: octavo {verb} is not in this version of Octavo\n"
+
+
+def test_unknown_verb_is_suggested(cli: Cli) -> None:
+    result = cli("generat", "x")
+    assert result.code == 2
+    assert "Did you mean generate?" in result.err
+
+
+def test_unknown_option_is_suggested(cli: Cli) -> None:
+    result = cli("generate", "x", "--temprature", "1")
+    assert result.code == 2
+    assert "--temperature" in result.err
+
+
+def test_an_error_is_one_block(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    fake_llm.fail_start = InsufficientMemoryError("too big; lower max_model_len to 512")
+    result = cli("generate", "x", "--prompt", "hello")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "octavo: error: too big; lower max_model_len to 512\n"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(cli: Cli, fake_llm: type[FakeLLM], place: str) -> None:
+    fake_llm.fail_start = InsufficientMemoryError("too big")
+    verb = ["generate", "x", "--prompt", "hello"]
+    result = cli(*(["--debug", *verb] if place == "before" else [*verb, "--debug"]))
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert result.err.endswith("octavo: error: too big\n")
+
+
+def test_a_defect_is_one_block_too(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    fake_llm.fail_start = ZeroDivisionError("oops")
+    result = cli("generate", "x", "--prompt", "hello")
+    assert result.code == 1
+    assert "internal error: ZeroDivisionError: oops" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_option_that_is_not_here_yet(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    from octavo.errors import NotInThisVersionError
+
+    fake_llm.fail_start = NotInThisVersionError("LoRA")
+    assert cli("generate", "x", "--prompt", "hello", "--enable-lora").code == 2
+
+
+def test_an_interrupt_is_quiet(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    fake_llm.fail_start = KeyboardInterrupt()
+    result = cli("generate", "x", "--prompt", "hello")
+    assert (result.code, result.out, result.err.strip()) == (130, "", "")
+
+
+def test_a_broken_pipe_is_quiet() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = subprocess.run(
+        [sys.executable, "-m", "octavo", "--help"],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(write_end)
+    assert process.returncode == 1
+    assert process.stderr == b""
+
+
+def test_wrong_size_is_refused_by_the_config(cli: Cli) -> None:
+    result = cli("plan", "x", "--kv-cache-memory", "lots")
+    assert result.code == 2
+    assert "kv_cache_memory='lots' is not a size" in result.err

@@ -1,0 +1,91 @@
+"""`octavo models`, `env` and `plan`: each asks one module and prints what it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from octavo.config import EngineArgs
+from octavo.errors import InsufficientMemoryError
+from tests.cli.conftest import Cli
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both caches empty; returns the root of Octavo's."""
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "octavo"))
+    # huggingface-hub reads its environment at import, which may have happened already
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "octavo"
+
+
+def test_models_lists_what_is_supported(cli: Cli, caches: Path) -> None:
+    from octavo import hub
+    from octavo.models.config import SUPPORTED_ARCHITECTURES
+
+    result = cli("models")
+    assert result.code == 0
+    for name in [*SUPPORTED_ARCHITECTURES, *hub.ALIASES]:
+        assert name in result.out
+    assert result.out.count("none") == 2
+
+
+def test_models_lists_whole_folders_of_the_cache(cli: Cli, caches: Path) -> None:
+    for name, config in (("whole", b"{}"), ("damaged", b"{")):
+        folder = caches / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_bytes(config)
+        (folder / "model.safetensors").write_bytes(b"x" * 3_000_000)
+        record = {"source": "gguf", "file": "/somewhere/a.gguf", "files": {"config.json": 2}}
+        (folder / "octavo.json").write_text(json.dumps(record))
+    result = cli("models")
+    assert "models/whole" in result.out
+    assert "3 MB, from /somewhere/a.gguf" in result.out
+    assert "damaged" not in result.out
+
+
+def test_env_prints_the_description(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import octavo
+
+    platform = types.ModuleType("octavo.platform")
+    vars(platform)["describe"] = lambda: "two cores"
+    monkeypatch.setitem(sys.modules, "octavo.platform", platform)
+    monkeypatch.setitem(vars(octavo), "platform", platform)
+    assert cli("env").out == "two cores\n"
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[EngineArgs]:
+    """A stand-in for octavo.engine.setup; returns what it was asked for."""
+    import octavo.engine
+
+    asked: list[EngineArgs] = []
+
+    def plan(args: EngineArgs) -> str:
+        asked.append(args)
+        if args.max_model_len == 999_999:
+            raise InsufficientMemoryError("lower max_model_len to 4096")
+        return "weights 269 MB"
+
+    setup = types.ModuleType("octavo.engine.setup")
+    vars(setup)["plan"] = plan
+    monkeypatch.setitem(sys.modules, "octavo.engine.setup", setup)
+    monkeypatch.setitem(vars(octavo.engine), "setup", setup)
+    return asked
+
+
+def test_plan_prints_the_plan(cli: Cli, planned: list[EngineArgs]) -> None:
+    assert cli("plan", "m", "--kv-cache-memory", "256MB").out == "weights 269 MB\n"
+    assert planned == [EngineArgs(model="m", kv_cache_memory="256MB")]
+
+
+def test_plan_that_does_not_fit_fails(cli: Cli, planned: list[EngineArgs]) -> None:
+    result = cli("plan", "m", "--max-model-len", "999999")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "octavo: error: lower max_model_len to 4096\n"

@@ -1,0 +1,46 @@
+"""What every test may ask for: the default model's folder, an empty cache, and few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# A test run must not depend on the machine's size, nor on a tokenizer's threads after a fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> Iterator[None]:
+    """One torch thread, unless OCTAVO_TEST_THREADS says otherwise."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OCTAVO_TEST_THREADS", "1")))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Folder of SmolLM2-135M-Instruct: OCTAVO_TEST_MODEL if set, else fetched once into the cache."""
+    given = os.environ.get("OCTAVO_TEST_MODEL")
+    if given:
+        return Path(given)
+    from octavo import hub
+
+    return Path(hub.resolve("smollm2"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none. torch is asked only if such a test was collected."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
