@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +19,7 @@ from octavo.models.registry import build_model
 from octavo.models.weights import load_weights
 from octavo.sampling.cpu_draw import CpuDraw
 from octavo.sampling.sampler import DrawKernels, Sampler, TorchDraw
+from octavo.worker.cpu_step import CpuStep
 from octavo.worker.executor import Executor, InlineExecutor, ThreadExecutor
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
 from octavo.worker.kv_cache import (
@@ -28,6 +30,7 @@ from octavo.worker.kv_cache import (
     plan_memory,
 )
 from octavo.worker.model_runner import ModelRunner
+from octavo.worker.step_math import StepMath, TorchStep
 
 ATTENTION_BACKENDS = ("auto", "cpu", "torch")
 
@@ -39,6 +42,7 @@ class KernelChoice:
     ops: Kernels
     backend: AttentionBackend
     draw: DrawKernels
+    steps: Callable[[DeviceState], StepMath]
     notes: tuple[str, ...] = ()
 
 
@@ -53,7 +57,7 @@ def choose_kernels(config: EngineConfig) -> KernelChoice:
         raise ConfigError(
             f"attention backend {wanted!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}"
         )
-    reference = KernelChoice(TorchOps(), TorchBackend(), TorchDraw())
+    reference = KernelChoice(TorchOps(), TorchBackend(), TorchDraw(), TorchStep)
     if config.platform.device != "cpu" or wanted == "torch":
         if wanted == "cpu":
             raise ConfigError("attention backend 'cpu' runs on a CPU only; here: auto or torch")
@@ -67,9 +71,9 @@ def choose_kernels(config: EngineConfig) -> KernelChoice:
     if choice.library is None or choice.name == "torch":
         if wanted == "cpu":
             raise ConfigError(f"attention backend 'cpu' is not available: {choice.reason}")
-        return KernelChoice(reference.ops, reference.backend, reference.draw, (choice.reason,))
+        return replace(reference, notes=(choice.reason,))
     set_num_threads(config.platform.cores)
-    return KernelChoice(ops, CpuBackend(choice.library), CpuDraw(choice.library))
+    return KernelChoice(ops, CpuBackend(choice.library), CpuDraw(choice.library), CpuStep)
 
 
 def plan_worker(config: EngineConfig, kernels: KernelChoice) -> MemoryPlan:
@@ -126,7 +130,7 @@ def build_runner(config: EngineConfig, kernels: KernelChoice, plan: MemoryPlan) 
         kernels.backend, model.attention_specs, plan.num_blocks, config.args.block_size, dtype, device
     )
     state = DeviceState(config.max_num_seqs, plan.max_model_len, config.args.block_size, device)
-    return ModelRunner(model, caches, state, Sampler(kernels.draw))
+    return ModelRunner(model, caches, state, kernels.steps(state), Sampler(kernels.draw))
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -21,13 +21,15 @@ from octavo.core.messages import (
     ModelOutput,
     NewSlot,
     PromptLogprobs,
+    RowKind,
     SchedulerOutput,
     TokenLogprobs,
 )
 from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import Bitmask, SamplingSlots, compile_params
 from octavo.sampling.sampler import NO_TOKEN, Sampler
-from octavo.worker.input_batch import DeviceState, StepInputs, StepResult, StepRows
+from octavo.worker.input_batch import DeviceState
+from octavo.worker.step_math import StepInputs, StepMath, StepResult
 
 # slot -> bit masks of its rows of logits, int32 [rows of the slot, words]
 GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
@@ -36,13 +38,17 @@ GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
 # vocab_size floats.
 _HEAD_SLICE = 64
 
+_NO_TOKEN_MESSAGE = (
+    "no token is legal here: the masks of this request (structured_outputs, allowed_token_ids, "
+    "logit_bias, bad_words, min_tokens) exclude each other, or the model computed no finite logit"
+)
+
 
 @dataclass(slots=True)
 class _Launched:
     """A step between its two launches."""
 
     out: SchedulerOutput
-    rows: StepRows
     inputs: StepInputs
     logits: torch.Tensor | None  # [L, vocab_size] float32; None if nothing is sampled
     prompt_logprobs: list[PromptLogprobs | None]
@@ -53,13 +59,19 @@ class ModelRunner:
     """Owns the device state, the KV caches and the model of one rank."""
 
     def __init__(
-        self, model: CausalLM, kv_caches: list[torch.Tensor], state: DeviceState, sampler: Sampler
+        self,
+        model: CausalLM,
+        kv_caches: list[torch.Tensor],
+        state: DeviceState,
+        steps: StepMath,
+        sampler: Sampler,
     ) -> None:
         self.model = model
         self.state = state
+        self._steps = steps
         self._kv_caches = kv_caches
         self._sampler = sampler
-        self._sampling = SamplingSlots(len(state.limit))
+        self._sampling = SamplingSlots(state.num_slots)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, how many)
         self._launched: _Launched | None = None
 
@@ -77,19 +89,16 @@ class ModelRunner:
         for slot, block_ids in out.new_blocks:
             self.state.append_blocks(slot, block_ids)
 
-        rows = StepRows.of(out)
-        inputs = self.state.prepare(rows)
+        inputs = self._steps.prepare(out)
         context = ForwardContext(inputs.metadata, self._kv_caches)
         hidden = self.model.forward(inputs.input_ids, inputs.positions, context)
         logits = None
-        if len(rows.sampled):
-            if len(rows.logits_rows) == len(hidden):
-                logits = self.model.logits(hidden)
-            else:
-                logits = self.model.logits(hidden[torch.from_numpy(rows.logits_rows).to(hidden.device)])
-        asked = self._compute_prompt_logprobs(rows, hidden) if self._prompt_logprobs else {}
-        prompt_logprobs = [asked.get(index) for index in range(len(rows.slots))]
-        self._launched = _Launched(out, rows, inputs, logits, prompt_logprobs, started)
+        if len(inputs.logits_rows):
+            all_rows = len(inputs.logits_rows) == len(hidden)
+            logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
+        asked = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
+        prompt_logprobs = [asked.get(index) for index in range(len(out.rows))]
+        self._launched = _Launched(out, inputs, logits, prompt_logprobs, started)
 
     @torch.inference_mode()
     def sample(self, masks: GrammarMasks | None = None) -> ModelOutput:
@@ -97,8 +106,8 @@ class ModelRunner:
         launched = self._launched
         assert launched is not None, "no forward to sample from"
         self._launched = None
-        out, rows, inputs = launched.out, launched.rows, launched.inputs
-        count = len(rows.slots)
+        out, inputs = launched.out, launched.inputs
+        count = len(out.rows)
         output = ModelOutput(
             step_id=out.step_id,
             keys=out.row_keys,
@@ -110,16 +119,14 @@ class ModelRunner:
             prompt_logprobs=launched.prompt_logprobs,
         )
         if launched.logits is None:
-            self.state.num_computed[torch.from_numpy(rows.slots)] += inputs.num_valid
+            self._steps.finish(out, inputs, None)
         else:
-            row_slots = rows.slots[rows.sampled][rows.logits_request]
-            positions = inputs.positions[torch.from_numpy(rows.logits_rows)]
-            positions = torch.where(positions < 0, -1, positions + 1)
-            grammar = _grammar_rows(masks, row_slots) if masks else None
-            batch = self._sampling.batch(row_slots, positions, self.state.tokens, grammar)
+            grammar = _grammar_rows(masks, inputs.logits_slots) if masks else None
+            batch = self._sampling.batch(
+                inputs.logits_slots, inputs.draw_positions, self.state.tokens, grammar
+            )
             drawn, logprobs = self._sampler(launched.logits, batch)
-            result = self.state.finish(rows, inputs, drawn)
-            _fill(output, rows, result, logprobs)
+            _fill(output, out, self._steps.finish(out, inputs, drawn), logprobs)
         output.target_seconds = time.perf_counter() - launched.started
         return output
 
@@ -142,15 +149,18 @@ class ModelRunner:
         else:
             self._prompt_logprobs[new.slot] = (new.num_prompt_tokens, params.prompt_logprobs)
 
-    def _compute_prompt_logprobs(self, rows: StepRows, hidden: torch.Tensor) -> dict[int, PromptLogprobs]:
+    def _compute_prompt_logprobs(
+        self, out: SchedulerOutput, hidden: torch.Tensor
+    ) -> dict[int, PromptLogprobs]:
         found: dict[int, PromptLogprobs] = {}
-        for index, slot in enumerate(rows.slots.tolist()):
-            if rows.is_verify[index] or slot not in self._prompt_logprobs:
+        end_row = 0
+        for index, (slot, num_rows, kind, _) in enumerate(out.rows):
+            first, end_row = end_row, end_row + num_rows
+            if kind is RowKind.VERIFY or slot not in self._prompt_logprobs:
                 continue
             num_prompt_tokens, num_top = self._prompt_logprobs[slot]
-            first = int(rows.query_start_loc[index])
             start = int(self.state.num_computed[slot]) + 1  # the prompt token after the first row
-            count = min(int(rows.num_rows[index]), num_prompt_tokens - start)
+            count = min(num_rows, num_prompt_tokens - start)
             entries: list[TokenLogprobs] = []
             for begin in range(0, count, _HEAD_SLICE):
                 end = min(begin + _HEAD_SLICE, count)
@@ -173,28 +183,23 @@ def _grammar_rows(masks: GrammarMasks, row_slots: npt.NDArray[np.int64]) -> Bitm
 
 
 def _fill(
-    output: ModelOutput, rows: StepRows, result: StepResult, logprobs: list[TokenLogprobs | None] | None
+    output: ModelOutput, out: SchedulerOutput, result: StepResult, logprobs: list[TokenLogprobs | None] | None
 ) -> None:
-    """Read the step's result back and put it where its requests are."""
-    tokens, emitted = result.tokens.tolist(), result.num_emitted.tolist()
-    drafts, accepted = result.num_drafts.tolist(), result.num_accepted.tolist()
-    finished = result.finished.tolist()
-    first_row = np.flatnonzero(rows.logits_column == 0).tolist()
-    for place, index in enumerate(rows.sampled.tolist()):
-        count = emitted[place]
-        mine = tokens[place][:count]
-        if finished[place]:
-            output.finished[index] = Finish(finished[place])
+    """Put what was read back where its requests are."""
+    place, start = 0, 0  # among the sampled requests, and among the rows of logits
+    for index, (_, num_rows, kind, samples) in enumerate(out.rows):
+        if not samples:
+            continue
+        mine = result.tokens[place][: result.num_emitted[place]]
+        if finished := result.finished[place]:
+            output.finished[index] = Finish(finished)
             if mine[-1] == NO_TOKEN:
                 mine.pop()
-                output.errors[output.keys[index]] = (
-                    "no token is legal here: the masks of this request (structured_outputs, "
-                    "allowed_token_ids, logit_bias, bad_words, min_tokens) exclude each other, "
-                    "or the model computed no finite logit"
-                )
+                output.errors[output.keys[index]] = _NO_TOKEN_MESSAGE
         output.tokens[index] = mine
-        output.num_drafts_valid[index] = drafts[place]
-        output.num_accepted[index] = accepted[place]
-        if logprobs is not None and logprobs[first_row[place]] is not None:
-            start = first_row[place]
+        output.num_drafts_valid[index] = result.num_drafts[place]
+        output.num_accepted[index] = result.num_accepted[place]
+        if logprobs is not None and logprobs[start] is not None:
             output.logprobs[index] = [entry for entry in logprobs[start : start + len(mine)] if entry]
+        place += 1
+        start += num_rows if kind is RowKind.VERIFY else 1

@@ -9,6 +9,7 @@ gives another text.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from octavo.attention.backend import ForwardContext
 from octavo.core.messages import ModelOutput, SchedulerOutput
 from octavo.sampling.sampler import Sampler, TorchDraw
+from octavo.worker.cpu_step import CpuStep
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.model_runner import ModelRunner
+from octavo.worker.step_math import StepMath, TorchStep
 from tests.core.fake_device import VOCAB, next_token
 from tests.core.test_scheduler_random import Simulation
 
@@ -55,14 +58,14 @@ class FakeModel:
 class RunnerDevice:
     """A model runner with the fake device's interface, and a drafter that is sometimes right."""
 
-    def __init__(self, simulation: Simulation, seed: int) -> None:
+    def __init__(self, simulation: Simulation, seed: int, steps: Callable[[DeviceState], StepMath]) -> None:
         config = simulation.scheduler.config
         self.state = DeviceState(
             config.max_num_seqs, simulation.max_len, simulation.block_size, torch.device("cpu")
         )
         cache = torch.full((simulation.num_blocks, simulation.block_size), -9, dtype=torch.int64)
         model: Any = FakeModel()
-        self.runner = ModelRunner(model, [cache], self.state, Sampler(TorchDraw()))
+        self.runner = ModelRunner(model, [cache], self.state, steps(self.state), Sampler(TorchDraw()))
         self.outputs: list[ModelOutput] = []
         self.rng = random.Random(seed)
 
@@ -86,20 +89,19 @@ class RunnerDevice:
 
 
 class RunnerSimulation(Simulation):
-    def __init__(self, seed: int, depth: int) -> None:
+    def __init__(self, seed: int, depth: int, steps: Callable[[DeviceState], StepMath]) -> None:
         super().__init__(seed, depth)
-        self.device = RunnerDevice(self, seed)  # type: ignore[assignment]
-        self.accepted = 0
+        self.device = RunnerDevice(self, seed, steps)  # type: ignore[assignment]
 
     def next_seed(self) -> int:
         return SEED
 
 
-def run_many(first: int, lives: int, operations: int) -> None:
+def run_many(first: int, lives: int, operations: int, steps: Callable[[DeviceState], StepMath]) -> None:
     preemptions = ends = 0
     for seed in range(first, first + lives):
         for depth in (0, 1):
-            simulation = RunnerSimulation(seed, depth)
+            simulation = RunnerSimulation(seed, depth, steps)
             for _ in range(operations):
                 simulation.step()
             simulation.drain()
@@ -109,10 +111,16 @@ def run_many(first: int, lives: int, operations: int) -> None:
     assert ends > lives
 
 
-def test_random_steps() -> None:
-    run_many(0, lives=6, operations=80)
+@pytest.fixture(params=[TorchStep, CpuStep])
+def steps(request: pytest.FixtureRequest) -> Callable[[DeviceState], StepMath]:
+    chosen: Callable[[DeviceState], StepMath] = request.param
+    return chosen
+
+
+def test_random_steps(steps: Callable[[DeviceState], StepMath]) -> None:
+    run_many(0, lives=6, operations=60, steps=steps)
 
 
 @pytest.mark.slow
-def test_many_random_steps() -> None:
-    run_many(100, lives=60, operations=200)
+def test_many_random_steps(steps: Callable[[DeviceState], StepMath]) -> None:
+    run_many(100, lives=60, operations=200, steps=steps)

@@ -141,7 +141,8 @@ def build(output_dir: Path, compiler: list[str] | None = None) -> Path:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as workers:
             list(workers.map(_run, jobs))
         linked = Path(folder) / library_name()
-        _run([*command, "-shared", "-pthread", *objects, "-o", str(linked), "-lm"])
+        strip = [] if sys.platform == "darwin" else ["-s"]
+        _run([*command, "-shared", "-pthread", *strip, *objects, "-o", str(linked), "-lm"])
         output_dir.mkdir(parents=True, exist_ok=True)
         final = output_dir / library_name()
         partial = output_dir / (library_name() + f".{os.getpid()}")

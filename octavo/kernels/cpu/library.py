@@ -99,6 +99,14 @@ def _shared_library() -> ctypes.CDLL:
     return shared
 
 
+def shared_function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callable[..., Any]:
+    """A C function that is built once and serves every level."""
+    pointer = getattr(_shared_library(), name)
+    pointer.restype = restype
+    pointer.argtypes = list(argtypes)
+    return pointer  # type: ignore[no-any-return]
+
+
 def available_isas() -> list[str]:
     """The levels this machine can run, slowest first."""
     return list(ISAS[: _shared_library().oc_cpu_level() + 1])

@@ -68,13 +68,14 @@ def read_back(
     batch = make_batch([chunk(0, n) for n in lengths], cache.shape[1] * 16, tables)
     query = torch.zeros(batch.num_tokens, spec.num_kv_heads, spec.head_dim)
     out = attention.attend(query, cache, batch, one, library=library)
-    return list(out.view(-1, spec.num_kv_heads, spec.head_dim).split(lengths))
+    return list(torch.split(out.view(-1, spec.num_kv_heads, spec.head_dim), lengths))
 
 
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "rot_dim"), [(9, 3, 64, 64), (4, 2, 10, 10), (3, 1, 5, 4), (2, 2, 80, 32), (2, 1, 6, 0)]
-)  # fmt: skip
+    ("heads", "kv_heads", "head_dim", "rot_dim"),
+    [(9, 3, 64, 64), (4, 2, 10, 10), (3, 1, 5, 4), (2, 2, 80, 32), (2, 1, 6, 0)],
+)
 def test_norm_and_rotation(
     library: CpuLibrary, heads: int, kv_heads: int, head_dim: int, rot_dim: int, norms: bool
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def numpy_log(x: np.ndarray) -> np.ndarray:
     p = (p * f) * z
     p = p + e.astype(F) * F(-2.12194440e-4)
     p = p - z * F(0.5)
-    return (f + p) + e.astype(F) * F(0.693359375)
+    return np.asarray((f + p) + e.astype(F) * F(0.693359375), dtype=F)
 
 
 def numpy_exponentials(words: np.ndarray) -> np.ndarray:
@@ -228,8 +229,13 @@ def test_tokens_are_those_of_a_full_sort(library: CpuLibrary, name: str, params:
 
 @pytest.mark.parametrize(
     ("params", "size"),
-    [(Params(top_k=37), 37), (Params(top_p=0.25), 50), (Params(top_k=80, top_p=0.125), 10), (Params(min_p=1.0), 200)],
-)  # fmt: skip
+    [
+        (Params(top_k=37), 37),
+        (Params(top_p=0.25), 50),
+        (Params(top_k=80, top_p=0.125), 10),
+        (Params(min_p=1.0), 200),
+    ],
+)
 def test_of_equal_logits_the_lowest_ids_are_kept(library: CpuLibrary, params: Params, size: int) -> None:
     logits = torch.full((300,), -20.0)
     equal = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:200].sort().values
@@ -327,7 +333,7 @@ def test_rows_that_leave_no_choice(library: CpuLibrary) -> None:
         assert draw(one, params, [1], [1], library).tolist() == [77]
     overflow = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
     assert draw(overflow, Params(1e-39), [1], [1], library).tolist() == [1]
-    assert draw(overflow * 1e4, Params(0.01), list(range(50)), [0] * 50, library).unique().tolist() == [1, 2]
+    assert set(draw(overflow * 1e4, Params(0.01), list(range(50)), [0] * 50, library).tolist()) == {1, 2}
 
 
 # ---- log-probabilities ------------------------------------------------------------------------------------
@@ -371,7 +377,7 @@ def test_a_huge_flat_row_is_summed_precisely(library: CpuLibrary) -> None:
 
 def test_bad_arguments_are_named() -> None:
     logits = torch.zeros(2, 10)
-    good = {
+    good: dict[str, Any] = {
         "temperature": torch.ones(2),
         "top_k": torch.zeros(2, dtype=torch.int32),
         "top_p": torch.ones(2),

@@ -19,14 +19,11 @@
 #if OC_LEVEL >= OC_LEVEL_AVX512
 #define TILE_ROWS 6
 #define TILE_PANELS 4
-#elif OC_LEVEL >= OC_LEVEL_AVX2
-#define TILE_ROWS 6
-#define TILE_PANELS 4
-#else
+#else /* 16 registers, of 8 or 4 lanes: some sums spill, and larger or smaller tiles were slower */
 #define TILE_ROWS 4
 #define TILE_PANELS 2
 #endif
-#define BLOCK_ROWS 48       /* rows of x that pass by one tile of panels */
+#define BLOCK_ROWS 48        /* rows of x that pass by one tile of panels */
 #define PREFETCH_DISTANCE 24 /* steps along K (one cache line a panel) */
 
 /* ---- the tile ---------------------------------------------------------------------------- */
@@ -43,8 +40,8 @@ INLINE void prefetch_far(const char *far, int64_t step, int lines) {
 
 /* sums[r][p] for R rows and P panels, R and P constants at every call. `steps` counts pairs along
  * K for bf16 and elements for f32; a step of a panel is one cache line. x: rows x_stride elements
- * apart. `near`: prefetch these panels ahead of their use, P lines a step. `far`: prefetch from
- * there, far_lines (1, 2 or 4) a step. */
+ * apart. `far`: where to prefetch from, far_lines (1, 2 or 4) a step; NULL: these panels themselves
+ * are prefetched, a little ahead of their use. */
 #if OC_LEVEL >= OC_LEVEL_AVX512BF16
 INLINE void tile_bf16(const int R, const int P, const bf16 *x, int64_t x_stride, const char *w,
                       int64_t panel_bytes, int64_t steps, const char *far, int far_lines, float *sums) {
