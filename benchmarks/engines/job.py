@@ -22,12 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 Metrics = dict[str, float]
+Arrived = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Engine(Protocol):
 
     version: str
 
-    def stream(self, request: Request) -> Iterator[int]:
-        """Serve one request; yield the number of new tokens whenever some arrive."""
+    def stream(self, request: Request, arrived: Arrived) -> None:
+        """Serve one request; tell the number of new tokens whenever some arrive."""
         ...
 
     def complete(self, requests: Sequence[Request]) -> int:
@@ -63,8 +64,7 @@ def run(open_engine: Callable[[dict[str, Any]], Engine]) -> None:
     try:
         requests, warmup = ([Request(**each) for each in job[name]] for name in ("requests", "warmup"))
         if job["work"] == "first":
-            answer.write(str(next(iter(engine.stream(requests[0])))))
-            answer.flush()
+            engine.stream(requests[0], lambda count: print(count, end="", file=answer, flush=True))
             return
         watch, metrics = measure(engine, job["work"], requests, warmup)
         metrics["peak_mb"] = peak_memory() / 1e6
@@ -104,8 +104,7 @@ def timed_stream(engine: Engine, request: Request) -> Metrics:
     """Time to first token, tokens a second after it, and the steps between tokens."""
     times: list[float] = []
     start = time.perf_counter()
-    for count in engine.stream(request):
-        times += [time.perf_counter()] * count
+    engine.stream(request, lambda count: times.extend([time.perf_counter()] * count))
     check_count(len(times), request.new_tokens)
     metrics = {"ttft_ms": (times[0] - start) * 1e3, "output_tok_s": len(times) / (times[-1] - start)}
     steps = [after - before for before, after in zip(times, times[1:], strict=False)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.engines import job
@@ -27,12 +27,12 @@ class Octavo:
     def _sampling(self, request: job.Request) -> Any:
         return self._params(temperature=0.0, max_tokens=request.new_tokens, ignore_eos=True)
 
-    def stream(self, request: job.Request) -> Iterator[int]:
+    def stream(self, request: job.Request, arrived: job.Arrived) -> None:
         """Tokens as the public stream brings them, detokenized on the way."""
         seen = 0
         for output in self._llm.generate(request.prompt, self._sampling(request), stream=True):
             count = len(output.outputs[0].token_ids)
-            yield count - seen
+            arrived(count - seen)
             seen = count
 
     def complete(self, requests: Sequence[job.Request]) -> int:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.engines import job
 
 
 class Arrivals:
-    """A streamer that notes when generate() hands over tokens; the first call is the prompt."""
+    """A streamer that tells when generate() hands over a token; the first call is the prompt."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, arrived: job.Arrived) -> None:
+        self._arrived = arrived
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
         """Called by generate() after every step."""
         if self._prompt_seen:
-            self.times.append(time.perf_counter())
+            self._arrived(1)
         self._prompt_seen = True
 
     def end(self) -> None:
@@ -56,9 +55,9 @@ class Transformers:
         )
         return int(output[:, width:].numel())
 
-    def stream(self, request: job.Request) -> Iterator[int]:
-        """generate() in a thread would compete with its own work, so it is run a token at a time."""
-        raise NotImplementedError
+    def stream(self, request: job.Request, arrived: job.Arrived) -> None:
+        """One request through generate()'s streamer."""
+        self._generate([request], Arrivals(arrived))
 
     def complete(self, requests: Sequence[job.Request]) -> int:
         """Static batches, one after another."""

@@ -1,0 +1,396 @@
+"""`LLM` on a small real checkpoint: every sampling parameter end to end, and everything refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo import LLM, SamplingParams
+from octavo.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    InsufficientMemoryError,
+    ModelNotFoundError,
+    NotInThisVersionError,
+    RequestError,
+    UnsupportedModelError,
+)
+from octavo.outputs import CompletionOutput, RequestOutput
+from tests.checkpoints import make_checkpoint
+from tests.parity.test_engine import logits_after
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", tokenizer=True)
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["inline", "one-step-late"])
+def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(str(folder), dtype="float32", kv_cache_memory="8MB", pipeline_depth=request.param) as model:
+        yield model
+        engine = model._engine_parts().engine
+        engine.scheduler.check_integrity()
+        assert engine.num_unfinished == 0
+
+
+def generate(llm: LLM, prompt: Any, **params: Any) -> CompletionOutput:
+    (output,) = llm.generate(prompt, SamplingParams(**{"max_tokens": 12, **params}), use_tqdm=False)
+    return output.outputs[0]
+
+
+# ---------------------------------------------------------------------- inputs and outputs
+
+
+def test_all_kinds_of_prompts_give_the_same(llm: LLM) -> None:
+    tokenizer = llm._engine_parts().engine.tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode("the end")
+    outputs = llm.generate(
+        ["the end", ids, {"prompt": "the end"}, {"prompt_token_ids": ids}], GREEDY, use_tqdm=False
+    )
+    assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 1
+    assert [o.prompt for o in outputs] == ["the end", None, "the end", None]
+    assert all(o.prompt_token_ids == ids for o in outputs)
+    (single,) = llm.generate(ids, GREEDY, use_tqdm=False)
+    assert single.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+def test_order_is_kept_and_each_prompt_has_its_parameters(llm: LLM) -> None:
+    prompts = [f"number {index}" for index in range(9)]
+    params = [SamplingParams(temperature=0, max_tokens=9 - index, ignore_eos=True) for index in range(9)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [o.prompt for o in outputs] == prompts
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [9 - index for index in range(9)]
+
+
+def test_streaming_ends_where_generating_does(llm: LLM) -> None:
+    (whole,) = llm.generate("once", GREEDY, use_tqdm=False)
+    parts = list(llm.generate("once", GREEDY, stream=True))
+    assert parts[-1].outputs[0].text == whole.outputs[0].text
+    assert parts[-1].finished
+    assert len(parts) == 12
+    texts = [part.outputs[0].text for part in parts]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+
+
+def test_a_stream_left_early_frees_its_request(llm: LLM) -> None:
+    for _ in llm.generate("once", SamplingParams(max_tokens=60, ignore_eos=True), stream=True):
+        break
+    engine = llm._engine_parts().engine
+    assert engine.num_unfinished == 0
+    while engine.has_work():
+        engine.step()
+    assert engine.scheduler.kv.pool.num_used == 0
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    (chatted,) = llm.chat(messages, GREEDY, use_tqdm=False)
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    (generated,) = llm.generate(text, GREEDY, use_tqdm=False)
+    assert chatted.prompt == text
+    assert chatted.outputs[0].token_ids == generated.outputs[0].token_ids
+    several = llm.chat([messages, messages], GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in several] == [chatted.outputs[0].token_ids] * 2
+
+
+def test_chat_takes_the_rest_of_the_context(llm: LLM) -> None:
+    (output,) = llm.chat(
+        [{"role": "user", "content": "hi"}], SamplingParams(temperature=0, ignore_eos=True), use_tqdm=False
+    )
+    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 128
+
+
+# ---------------------------------------------------------------------- sampling parameters
+
+
+def test_logprobs_are_those_of_transformers(llm: LLM, folder: Path) -> None:
+    params = SamplingParams(
+        temperature=0.7, top_k=5, seed=2, max_tokens=6, logprobs=3, prompt_logprobs=2, repetition_penalty=1.3
+    )
+    (output,) = llm.generate("the quick fox", params, use_tqdm=False)
+    tokens = output.prompt_token_ids + output.outputs[0].token_ids
+    num_prompt = len(output.prompt_token_ids)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    found = output.prompt_logprobs[1:] + (output.outputs[0].logprobs or [])
+    assert len(found) == len(tokens) - 1
+    for position, entry in enumerate(found, start=1):
+        expected = logits_after(folder, tokens[:position]).log_softmax(-1)
+        assert entry is not None
+        wanted = 3 if position >= num_prompt else 2
+        top = expected.topk(wanted).indices.tolist()
+        assert set(entry) == {tokens[position], *top}
+        assert next(iter(entry)) == tokens[position]
+        for token, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(float(expected[token]), abs=2e-4)
+            assert logprob.rank == 1 + int((expected > expected[token]).sum())
+    total = sum(
+        entry[t].logprob for entry, t in zip(found[num_prompt - 1 :], tokens[num_prompt:], strict=True)
+    )  # type: ignore[index]
+    assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+def test_prompt_logprobs_survive_chunks_and_preemption(folder: Path) -> None:
+    prompts = ["the cat and the hat " * 3, "in the morning " * 4, "one two three four five"]
+    params = SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=0, ignore_eos=True)
+    found = []
+    for options in ({}, {"max_chunk_tokens": 5}, {"kv_cache_memory": 9 * 16 * 3 * 2 * 2 * 16 * 4}):
+        with LLM(str(folder), dtype="float32", **{"kv_cache_memory": "8MB", **options}) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        rows = [
+            [None if e is None else next(iter(e.values())) for e in o.prompt_logprobs or []] for o in outputs
+        ]
+        assert [len(r) for r in rows] == [len(o.prompt_token_ids) for o in outputs]
+        found.append([[e and round(e.logprob, 3) for e in r] for r in rows])
+    assert found[0] == found[1] == found[2]
+
+
+def test_seeds_decide_and_nothing_else_does(llm: LLM) -> None:
+    params = SamplingParams(seed=5, max_tokens=12, ignore_eos=True, n=3)
+    (alone,) = llm.generate("the", params, use_tqdm=False)
+    crowd = llm.generate(["and", "the", "in"], [GREEDY, params, GREEDY], use_tqdm=False)
+    texts = [o.token_ids for o in alone.outputs]
+    assert [o.token_ids for o in crowd[1].outputs] == texts
+    assert len({tuple(t) for t in texts}) == 3
+    assert generate(llm, "the", seed=6, ignore_eos=True).token_ids != texts[0]
+
+
+def test_best_of_returns_the_most_probable(llm: LLM) -> None:
+    params = SamplingParams(n=6, seed=3, max_tokens=8, ignore_eos=True, logprobs=0)
+    (six,) = llm.generate("the", params, use_tqdm=False)
+    (best,) = llm.generate("the", params.replace(n=2, best_of=6), use_tqdm=False)
+
+    def mean(output: CompletionOutput) -> float:
+        assert output.cumulative_logprob is not None
+        return output.cumulative_logprob / len(output.token_ids)
+
+    ranked = sorted(six.outputs, key=mean, reverse=True)
+    assert [o.token_ids for o in best.outputs] == [o.token_ids for o in ranked[:2]]
+    assert [o.index for o in best.outputs] == [0, 1]
+    (silent,) = llm.generate("the", params.replace(n=2, best_of=6, logprobs=None), use_tqdm=False)
+    assert [o.token_ids for o in silent.outputs] == [o.token_ids for o in ranked[:2]]
+    assert silent.outputs[0].logprobs is None
+
+
+def test_parameters_that_limit_the_choice(llm: LLM) -> None:
+    allowed = [40, 41, 42]
+    assert set(generate(llm, "the", allowed_token_ids=allowed, seed=1).token_ids) <= set(allowed)
+    assert set(generate(llm, "the", logit_bias={77: 100.0}, temperature=0).token_ids) == {77}
+    assert (
+        generate(llm, "the", top_k=1, seed=1, ignore_eos=True).token_ids
+        == generate(llm, "the", temperature=0, ignore_eos=True).token_ids
+    )
+    greedy = generate(llm, "the", temperature=0, ignore_eos=True)
+    tokenizer = llm._engine_parts().engine.tokenizer
+    assert tokenizer is not None
+    word = tokenizer.decode(greedy.token_ids[2:4])
+    if word.isascii() and word.strip():
+        assert word not in generate(llm, "the", temperature=0, ignore_eos=True, bad_words=[word]).text
+
+
+def test_min_tokens_and_stop_tokens(llm: LLM) -> None:
+    greedy = generate(llm, "the", temperature=0, ignore_eos=True).token_ids
+    first = generate(llm, "the", temperature=0, ignore_eos=True, stop_token_ids=[greedy[0]])
+    assert (first.token_ids, first.stop_reason) == (greedy[:1], greedy[0])
+    later = generate(llm, "the", temperature=0, ignore_eos=True, stop_token_ids=[greedy[0]], min_tokens=5)
+    assert len(later.token_ids) >= 5
+    assert greedy[0] not in later.token_ids[:5]
+
+
+def test_stop_strings(llm: LLM) -> None:
+    whole = generate(llm, "the", temperature=0, ignore_eos=True, max_tokens=30)
+    stop = whole.text[5:8]
+    cut = generate(llm, "the", temperature=0, ignore_eos=True, max_tokens=30, stop=stop)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+
+
+def test_penalties_change_the_text_as_transformers_does(llm: LLM, folder: Path) -> None:
+    penalty = 1.5
+    mine = generate(llm, "the the the", temperature=0, ignore_eos=True, repetition_penalty=penalty)
+    tokenizer = llm._engine_parts().engine.tokenizer
+    assert tokenizer is not None
+    tokens = tokenizer.encode("the the the")
+    for _ in range(12):
+        logits = logits_after(folder, tokens).clone()
+        seen = torch.tensor(sorted(set(tokens)))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        tokens.append(int(logits.argmax()))
+    assert mine.token_ids == tokens[-12:]
+
+
+# ---------------------------------------------------------------------- structured output
+
+
+def test_structured_outputs(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    params = [
+        SamplingParams(seed=index, max_tokens=80, structured_outputs=kind)
+        for index, kind in enumerate(
+            [{"json": schema}, {"regex": "[ab]{3}-[0-9]{2}"}, {"choice": ["yes", "no", "maybe"]}]
+        )
+    ]
+    outputs = llm.generate(["the"] * 4, [*params, GREEDY], use_tqdm=False)
+    texts = [o.outputs[0].text for o in outputs]
+    value = json.loads(texts[0])
+    assert set(value) == {"a", "b"}
+    assert 0 <= value["a"] <= 99
+    assert re.fullmatch("[ab]{3}-[0-9]{2}", texts[1])
+    assert texts[2] in ("yes", "no", "maybe")
+    assert [o.outputs[0].finish_reason for o in outputs] == ["stop", "stop", "stop", "length"]
+    assert outputs[3].outputs[0].token_ids == generate(llm, "the", temperature=0, ignore_eos=True).token_ids
+
+
+def test_samples_follow_the_grammar_each_on_its_own(llm: LLM) -> None:
+    params = SamplingParams(n=4, seed=1, max_tokens=20, structured_outputs={"regex": "[a-z]{2,9}"})
+    (output,) = llm.generate("the", params, use_tqdm=False)
+    assert all(re.fullmatch("[a-z]{2,9}", o.text) for o in output.outputs)
+    assert len({o.text for o in output.outputs}) > 1
+
+
+def test_contradicting_masks_end_one_request_with_an_error(llm: LLM) -> None:
+    bad = SamplingParams(structured_outputs={"regex": "[a-z]+"}, allowed_token_ids=[0], max_tokens=5)
+    outputs = llm.generate(["the", "the"], [bad, GREEDY], use_tqdm=False)
+    assert outputs[0].outputs[0].finish_reason == "error"
+    assert "no token is legal" in (outputs[0].error or "")
+    assert outputs[1].error is None
+    assert len(outputs[1].outputs[0].token_ids) == 12
+
+
+# ---------------------------------------------------------------------- refused
+
+
+def refused(llm: LLM, prompts: Any, params: Any = GREEDY) -> str:
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts, params, use_tqdm=False)
+    return str(caught.value)
+
+
+def test_a_single_bad_prompt_raises(llm: LLM) -> None:
+    assert "empty" in refused(llm, {"prompt_token_ids": []})
+    assert "at least one token" in refused(llm, "")
+    assert "vocabulary" in refused(llm, [999999])
+    assert "context holds 128" in refused(llm, [5] * 128)
+    assert "not int" in refused(llm, 5)
+    assert "2 sampling_params for 1" in refused(llm, ["a"], [GREEDY, GREEDY])
+    assert "SamplingParams" in refused(llm, ["a"], {"temperature": 0})
+
+
+def test_bad_prompts_among_good_ones_do_not_stop_them(llm: LLM) -> None:
+    outputs = llm.generate(["the", [999999], "", [5] * 128, "the"], GREEDY, use_tqdm=False)
+    errors = [o.error for o in outputs]
+    assert errors[0] is None
+    assert errors[4] is None
+    assert all(errors[1:4])
+    assert [o.outputs[0].finish_reason for o in outputs[1:4]] == ["error"] * 3
+    assert outputs[0].outputs[0].token_ids == outputs[4].outputs[0].token_ids
+
+
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_model_length": 5}, ConfigError, "did you mean max_model_len"),
+        ({"dtype": "bf16"}, ConfigError, "bfloat16"),
+        ({"dtype": 3}, ConfigError, "dtype must be str"),
+        ({"max_num_seqs": 0}, ConfigError, "at least 1"),
+        ({"max_num_seqs": True}, ConfigError, "max_num_seqs"),
+        ({"block_size": 7}, ConfigError, "multiple of 16"),
+        ({"gpu_memory_utilization": 1.5}, ConfigError, "at most 1"),
+        ({"gpu_memory_utilization": math.nan}, ConfigError, "gpu_memory_utilization"),
+        ({"kv_cache_memory": "lots"}, ConfigError, "256MB"),
+        ({"kv_cache_memory": "1KB"}, InsufficientMemoryError, "kv_cache_memory to at least"),
+        ({"kv_cache_memory": "9000GB"}, InsufficientMemoryError, "at most"),
+        ({"max_model_len": 129}, ConfigError, "made for"),
+        ({"device": "tpu"}, ConfigError, "not one of auto, cpu, cuda"),
+        ({"attention_backend": "flash"}, ConfigError, "choose one of auto, cpu, torch"),
+        ({"pipeline_depth": 2}, ConfigError, "0 or 1"),
+        ({"deterministic": True, "attention_backend": "torch"}, ConfigError, "deterministic"),
+        ({"tensor_parallel_size": 2}, NotInThisVersionError, "not in this version"),
+        ({"quantization": "awq"}, NotInThisVersionError, "not in this version"),
+        ({"enable_lora": True}, NotInThisVersionError, "not in this version"),
+    ],
+)
+def test_bad_options(folder: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(str(folder), **options)
+
+
+def test_an_unknown_backend_in_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
+    with pytest.raises(ConfigError, match="choose one of"):
+        LLM(str(folder))
+
+
+def test_unknown_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        LLM(str(tmp_path / "nowhere"))
+    folder = make_checkpoint(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
+        LLM(str(folder))
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        LLM(str(folder))
+
+
+def test_a_model_without_a_tokenizer_works_on_ids(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    with LLM(str(folder), dtype="float32", kv_cache_memory="8MB") as llm:
+        (output,) = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 12
+        assert output.outputs[0].text == ""
+        with pytest.raises(RequestError, match="no tokenizer"):
+            llm.generate("text", GREEDY, use_tqdm=False)
+        with pytest.raises(RequestError, match="tokenizer"):
+            llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+
+
+def test_shutdown_is_final_and_may_be_repeated(folder: Path) -> None:
+    llm = LLM(str(folder), kv_cache_memory="8MB")
+    llm.shutdown()
+    llm.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        llm.generate("the", GREEDY)
+
+
+def test_dummy_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with LLM(str(tmp_path), load_format="dummy", kv_cache_memory="8MB") as llm:
+        outputs: list[RequestOutput] = llm.generate(["the"], GREEDY, use_tqdm=False)
+        assert len(outputs[0].outputs[0].token_ids) == 12
+
+
+@pytest.mark.parametrize("dtype", ["auto", "half", "bfloat16"])
+def test_dtypes(folder: Path, dtype: str) -> None:
+    with LLM(str(folder), dtype=dtype, kv_cache_memory="8MB") as llm:
+        assert len(generate(llm, "the", temperature=0, ignore_eos=True).token_ids) == 12
