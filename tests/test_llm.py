@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -56,9 +57,8 @@ def test_all_kinds_of_prompts_give_the_same(llm: LLM) -> None:
     tokenizer = llm._engine_parts().engine.tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode("the end")
-    outputs = llm.generate(
-        ["the end", ids, {"prompt": "the end"}, {"prompt_token_ids": ids}], GREEDY, use_tqdm=False
-    )
+    prompts: list[Any] = ["the end", ids, {"prompt": "the end"}, {"prompt_token_ids": ids}]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 1
     assert [o.prompt for o in outputs] == ["the end", None, "the end", None]
     assert all(o.prompt_token_ids == ids for o in outputs)
@@ -81,7 +81,7 @@ def test_streaming_ends_where_generating_does(llm: LLM) -> None:
     assert parts[-1].finished
     assert len(parts) == 12
     texts = [part.outputs[0].text for part in parts]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 def test_a_stream_left_early_frees_its_request(llm: LLM) -> None:
@@ -136,9 +136,9 @@ def test_logprobs_are_those_of_transformers(llm: LLM, folder: Path) -> None:
         for token, logprob in entry.items():
             assert logprob.logprob == pytest.approx(float(expected[token]), abs=2e-4)
             assert logprob.rank == 1 + int((expected > expected[token]).sum())
-    total = sum(
-        entry[t].logprob for entry, t in zip(found[num_prompt - 1 :], tokens[num_prompt:], strict=True)
-    )  # type: ignore[index]
+    total = 0.0
+    for entry, token in zip(output.outputs[0].logprobs or [], tokens[num_prompt:], strict=True):
+        total += entry[token].logprob
     assert output.outputs[0].cumulative_logprob == pytest.approx(total)
 
 
@@ -243,11 +243,13 @@ def test_structured_outputs(llm: LLM) -> None:
         "required": ["a", "b"],
         "additionalProperties": False,
     }
+    kinds: list[dict[str, Any]] = [
+        {"json": schema},
+        {"regex": "[ab]{3}-[0-9]{2}"},
+        {"choice": ["yes", "no", "maybe"]},
+    ]
     params = [
-        SamplingParams(seed=index, max_tokens=80, structured_outputs=kind)
-        for index, kind in enumerate(
-            [{"json": schema}, {"regex": "[ab]{3}-[0-9]{2}"}, {"choice": ["yes", "no", "maybe"]}]
-        )
+        SamplingParams(seed=index, max_tokens=80, structured_outputs=kind) for index, kind in enumerate(kinds)
     ]
     outputs = llm.generate(["the"] * 4, [*params, GREEDY], use_tqdm=False)
     texts = [o.outputs[0].text for o in outputs]
@@ -296,7 +298,8 @@ def test_a_single_bad_prompt_raises(llm: LLM) -> None:
 
 
 def test_bad_prompts_among_good_ones_do_not_stop_them(llm: LLM) -> None:
-    outputs = llm.generate(["the", [999999], "", [5] * 128, "the"], GREEDY, use_tqdm=False)
+    prompts: list[Any] = ["the", [999999], "", [5] * 128, "the"]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     errors = [o.error for o in outputs]
     assert errors[0] is None
     assert errors[4] is None
