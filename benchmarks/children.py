@@ -6,6 +6,7 @@ is interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -62,7 +63,7 @@ def run_child(
             start_new_session=True,
             bufsize=0,
         )
-        timer = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
+        timer = threading.Timer(timeout, _kill_group, (process.pid,))
         timer.start()
         try:
             assert process.stdout is not None
@@ -75,7 +76,7 @@ def run_child(
             process.returncode = os.waitstatus_to_exitcode(status)
             process.stdout.close()
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_group(process.pid)
             process.wait()
             raise
         finally:
@@ -88,3 +89,8 @@ def run_child(
             raise ChildError(f"{shown} … ended with {process.returncode}{late}, stderr:\n{tail}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Finished(said.decode(errors="replace"), first, total, peak, watch.cores)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)

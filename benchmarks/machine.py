@@ -45,7 +45,7 @@ class Limits:
         return Limits(
             max(self.read_bytes_s, other.read_bytes_s),
             max(self.bf16_operations_s, other.bf16_operations_s),
-            max((each for each in (self.foreign_cores, other.foreign_cores) if each is not None), default=None),
+            max(filter(None, (self.foreign_cores, other.foreign_cores)), default=None),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from benchmarks.engines.job import Metrics
@@ -99,6 +99,7 @@ class Line:
     variant: str = ""
     peers: Mapping[str, str] = field(default_factory=dict)
     limit: str | None = None
+    only_with: str = ""  # an engine without which the line says nothing
 
     def variant_of(self, engine: str) -> str:
         """Which of the row's variants this engine's cell shows."""
@@ -106,18 +107,21 @@ class Line:
 
 
 _STATIC = {"transformers": "static_16"}
+_ONE_BY_ONE = {"transformers": "one_by_one"}
 LINES = (
     Line("single stream, decode tok/s", "single", "decode_tok_s", limit="stream"),
     Line("single stream, first token ms", "single", "ttft_ms", limit="first_token"),
     Line("batch, output tok/s", "batch", "output_tok_s", peers=_STATIC, limit="batch"),
-    Line("batch, peer one by one, tok/s", "batch", "output_tok_s", peers={"transformers": "one_by_one"}),
+    Line(
+        "batch, peer one by one, tok/s", "batch", "output_tok_s", peers=_ONE_BY_ONE, only_with="transformers"
+    ),
     Line("shared prefix, output tok/s", "prefix", "output_tok_s", peers=_STATIC, limit="prefix"),
     Line("rewrite, output tok/s", "rewrite", "output_tok_s", limit="stream"),
     Line("start to first token, warm, s", "startup", "seconds", "warm"),
     Line("start to first token, first, s", "startup", "seconds", "first"),
     Line("peak memory with the command, MB", "startup", "peak_mb", "warm"),
     Line("peak memory, 256 MB of KV, single, MB", "memory", "peak_mb", "single", limit="weights_mb"),
-    Line("peak memory, 256 MB of KV, batch, MB", "memory", "peak_mb", "batch", limit="weights_mb"),
+    Line("peak memory, 256 MB of KV, batch, MB", "memory", "peak_mb", "batch", _STATIC, "weights_mb"),
     Line("step beside a busy thread / quiet, p50", "foreign", "ratio_p50"),
     Line("step beside a busy thread / quiet, mean", "foreign", "ratio_mean"),
     Line("step alone, p50 ms", "foreign", "step_p50_ms"),
@@ -136,8 +140,8 @@ def table(results: Sequence[Result], engines: Sequence[str], limits: Mapping[str
     for line in LINES:
         cells = {engine: found.get((line.row, line.variant_of(engine), engine)) for engine in engines}
         medians = {engine: cell.median(line.metric) if cell else None for engine, cell in cells.items()}
-        only_peers = all(cell is None for engine, cell in cells.items() if engine in line.peers)
-        if all(value is None for value in medians.values()) or ("one_by_one" in line.peers.values() and only_peers):
+        needed = medians.get(line.only_with) if line.only_with else next(filter(None, medians.values()), None)
+        if needed is None:
             continue
         mine = medians.get("octavo")
         limit = limits.get(line.limit) if line.limit is not None else None
@@ -148,7 +152,7 @@ def table(results: Sequence[Result], engines: Sequence[str], limits: Mapping[str
                 *(_cell(cells[engine], line.metric) for engine in engines),
                 *(_show(_ratio(mine, medians[peer]), "{:.2f}") for peer in peers),
                 _show(limit),
-                _show(_ratio(mine, limit), "{:.0%}"),
+                _show(_share(mine, limit, line.metric), "{:.0%}"),
                 _show(max(foreign, default=None), "{:.2f}"),
             ]
         )
@@ -172,6 +176,11 @@ def _ratio(value: float | None, other: float | None) -> float | None:
     return None if value is None or not other else value / other
 
 
+def _share(value: float | None, limit: float | None, metric: str) -> float | None:
+    """How much of the limit was reached; of a rate, value / limit, of anything else the inverse."""
+    return _ratio(value, limit) if metric.endswith("tok_s") else _ratio(limit, value)
+
+
 def _show(value: float | None, form: str | None = None) -> str:
     if value is None:
         return "–"
@@ -182,8 +191,9 @@ def _show(value: float | None, form: str | None = None) -> str:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align: Callable[[Sequence[str]], str] = lambda row: (  # noqa: E731
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-    )
+
+    def aligned(row: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([align(rows[0]), rule, *map(align, rows[1:])])
+    return "\n".join([aligned(rows[0]), rule, *map(aligned, rows[1:])])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "half", "float16", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 SPECULATIVE_METHODS = ("draft_model", "prompt_lookup", "ngram", "suffix", "predicted", "hybrid")
+_SPECULATIVE_KEYS = ("method", "model", "num_speculative_tokens", "acceptance", "synthetic_acceptance_rates")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
 
 
@@ -51,6 +52,51 @@ def parse_size(value: int | str, name: str) -> int:
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """The option `speculative`, checked. `method` is a known name or "package.module:Class"."""
+
+    method: str
+    num_speculative_tokens: int | None  # 0-16 drafts a step for each request; None is "auto"
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> SpeculativeConfig:
+        """Raises ConfigError naming the key that is wrong, NotInThisVersionError for known gaps."""
+        for key in given:
+            if key not in _SPECULATIVE_KEYS:
+                near = difflib.get_close_matches(str(key), _SPECULATIVE_KEYS, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f". Keys: {', '.join(_SPECULATIVE_KEYS)}"
+                raise ConfigError(f"speculative has no key {key!r}{hint}")
+        method = given.get("method")
+        if not isinstance(method, str):
+            raise ConfigError(f"speculative needs a method: one of {', '.join(SPECULATIVE_METHODS)}")
+        if method not in SPECULATIVE_METHODS and ":" not in method:
+            near = difflib.get_close_matches(method, SPECULATIVE_METHODS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"speculative method {method!r} is not one of {', '.join(SPECULATIVE_METHODS)} "
+                f"or a dotted name such as package.module:Class{hint}"
+            )
+        if method in ("draft_model", "suffix", "hybrid"):
+            raise NotInThisVersionError(f"speculative method {method!r}")
+        acceptance = given.get("acceptance", "replay")
+        if acceptance not in ("replay", "rejection"):
+            raise ConfigError(f"speculative acceptance must be replay or rejection, not {acceptance!r}")
+        if acceptance == "rejection":
+            raise NotInThisVersionError("speculative acceptance 'rejection'")
+        if "synthetic_acceptance_rates" in given:
+            raise NotInThisVersionError("speculative synthetic_acceptance_rates")
+        if "model" in given:
+            raise ConfigError(f"speculative method {method!r} takes no model")
+        count = given.get("num_speculative_tokens", "auto")
+        if count != "auto" and (
+            isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 16
+        ):
+            raise ConfigError(f'num_speculative_tokens must be "auto" or 0 to 16, not {count!r}')
+        name = "prompt_lookup" if method == "ngram" else method
+        return cls(name, None if count == "auto" else count)
 
 
 @dataclass(frozen=True)
@@ -149,16 +195,7 @@ class EngineArgs:
         if self.pipeline_depth not in (None, 0, 1):
             raise ConfigError(f"pipeline_depth must be 0 or 1, not {self.pipeline_depth}")
         if self.speculative is not None:
-            method = self.speculative.get("method")
-            if not isinstance(method, str):
-                raise ConfigError(f"speculative needs a method: one of {', '.join(SPECULATIVE_METHODS)}")
-            if method not in SPECULATIVE_METHODS and ":" not in method:
-                near = difflib.get_close_matches(method, SPECULATIVE_METHODS, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(
-                    f"speculative method {method!r} is not one of {', '.join(SPECULATIVE_METHODS)} "
-                    f"or a dotted name such as package.module:Class{hint}"
-                )
+            SpeculativeConfig.from_dict(self.speculative)
 
     def _refuse_what_is_not_here(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
@@ -168,8 +205,6 @@ class EngineArgs:
             raise NotInThisVersionError(f"quantization={self.quantization!r}")
         if self.enable_lora or self.lora_configs:
             raise NotInThisVersionError("LoRA (enable_lora, lora_configs)")
-        if self.speculative is not None:
-            raise NotInThisVersionError("speculative decoding (speculative)")
 
 
 _NONE = type(None)
@@ -226,3 +261,4 @@ class EngineConfig:
     max_chunk_tokens: int
     pipeline_depth: int
     attention_backend: str
+    speculative: SpeculativeConfig | None

@@ -16,6 +16,7 @@ What libraries print to stdout goes to stderr.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -92,7 +93,7 @@ def measure(
     with ForeignCores() as watch:
         metrics = timed_stream(engine, requests[0])
         if work == "foreign":
-            with spinning():
+            with BusyProcess():
                 beside = timed_stream(engine, requests[0])
             metrics |= {f"beside_{name}": beside[name] for name in ("step_p50_ms", "step_mean_ms")}
             for name in ("p50", "mean"):
@@ -107,7 +108,7 @@ def timed_stream(engine: Engine, request: Request) -> Metrics:
     engine.stream(request, lambda count: times.extend([time.perf_counter()] * count))
     check_count(len(times), request.new_tokens)
     metrics = {"ttft_ms": (times[0] - start) * 1e3, "output_tok_s": len(times) / (times[-1] - start)}
-    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(times)]
     if steps:
         metrics["decode_tok_s"] = len(steps) / sum(steps)
         metrics["step_p50_ms"] = statistics.median(steps) * 1e3
@@ -121,7 +122,7 @@ def check_count(made: int, asked: int) -> None:
         raise RuntimeError(f"{asked} tokens were asked for and {made} came")
 
 
-class spinning:  # noqa: N801 - used as `with spinning():`
+class BusyProcess:
     """Another process with one busy thread, on whatever core it gets."""
 
     def __enter__(self) -> None:

@@ -35,9 +35,8 @@ class Transformers:
         torch.set_num_threads(options["threads"])
         self._torch = torch
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            options["model"], dtype=torch.bfloat16
-        ).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self._model: Any = load(options["model"], dtype=torch.bfloat16)  # comes in eval mode
         self._model.generation_config.eos_token_id = None  # every request runs to its full length
         self._batch = options["batch_size"]
 

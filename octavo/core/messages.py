@@ -57,6 +57,7 @@ class NewSlot:
     stop_token_ids: tuple[int, ...]  # end-of-sequence tokens included, unless ignore_eos
     limit: int  # the request never holds more than this many tokens, prompt included
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    prediction_ids: tuple[int, ...] = ()  # a guess of the whole output, for drafters
 
 
 class SlotBlocks(NamedTuple):

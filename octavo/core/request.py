@@ -48,8 +48,9 @@ class Request:
         "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decoding", "finish_reason",
         "generation", "key", "limit", "num_cached_tokens", "num_computed_tokens", "num_inflight_samples",
         "num_inflight_steps", "num_inflight_tokens", "num_preemptions", "num_prompt_tokens",
-        "num_proposed", "num_registered_blocks", "params", "prefix_parent", "priority", "read_cache",
-        "request_id", "seed", "slot", "status", "stop_token_ids", "token_ids", "uses_mask",
+        "num_proposed", "num_registered_blocks", "num_speculative_tokens", "params", "prediction_ids",
+        "prefix_parent", "priority", "read_cache", "request_id", "seed", "slot", "status",
+        "stop_token_ids", "token_ids", "uses_mask",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +64,7 @@ class Request:
         arrival: int,
         stop_token_ids: tuple[int, ...] = (),
         bad_words_ids: tuple[tuple[int, ...], ...] = (),
+        prediction_ids: tuple[int, ...] = (),
         priority: int = 0,
         cache_namespace: Hashable | None = "",
         read_cache: bool = True,
@@ -77,6 +79,7 @@ class Request:
         self.priority = priority
         self.stop_token_ids = stop_token_ids
         self.bad_words_ids = bad_words_ids
+        self.prediction_ids = prediction_ids
         self.cache_namespace = cache_namespace
         self.read_cache = read_cache
         self.uses_mask = uses_mask
@@ -88,6 +91,7 @@ class Request:
         self.num_inflight_steps = 0
         self.num_inflight_samples = 0  # launched steps that emit at least one token
         self.decoding = False  # the rows that reach the last known token were launched
+        self.num_speculative_tokens: int | None = None  # the request's own wish; None: the engine's
         self.num_proposed = 0  # drafts the last launched step makes at its end
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens the first admission found in the cache

@@ -45,6 +45,7 @@ class RequestUpdate:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    is_verify: bool = False
     num_drafts: int = 0
     num_accepted: int = 0
 
@@ -345,6 +346,7 @@ class Scheduler:
             stop_token_ids=request.stop_token_ids,
             limit=request.limit,
             bad_words_ids=request.bad_words_ids,
+            prediction_ids=request.prediction_ids,
         )
 
     def _leave(self, request: Request) -> None:
@@ -421,6 +423,7 @@ class Scheduler:
             finish_reason=reason,
             logprobs=output.logprobs[index],
             prompt_logprobs=output.prompt_logprobs[index],
+            is_verify=rows.kind is RowKind.VERIFY,
             num_drafts=output.num_drafts_valid[index],
             num_accepted=output.num_accepted[index],
         )

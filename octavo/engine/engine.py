@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from octavo.core.messages import ModelOutput, SchedulerOutput
 from octavo.core.mix import mix64
@@ -24,7 +25,7 @@ from octavo.engine.inputs import Prompt, PromptInput, read_prompt
 from octavo.engine.request_state import OutputKind, RequestState, Sample
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import RequestError
-from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput, SpeculationMetrics
 from octavo.sampling.batch import bad_word_spellings
 from octavo.sampling_params import SamplingParams
 from octavo.worker.executor import Executor
@@ -40,6 +41,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     seed: int
     enable_prefix_caching: bool
+    speculates: bool = False
 
 
 class Engine:
@@ -62,6 +64,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._samples: dict[str, tuple[RequestState, Sample]] = {}  # by the sequence's id
         self._arrivals = itertools.count()
+        self._drafts: dict[int, list[int]] = {}  # by slot, of the step read last; only where asked for
 
     # ------------------------------------------------------------------ requests
 
@@ -93,8 +96,11 @@ class Engine:
             self.info.max_model_len,
             add_special_tokens=add_special_tokens,
         )
+        prediction = self._prediction(params)
         matcher = self._compile_grammar(params)
         metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(given.token_ids))
+        if self.info.speculates:
+            metrics.speculation = SpeculationMetrics(steps=[] if params.trace else None)
         state = RequestState(request_id, given.text, given.token_ids, params, kind, metrics)
         arrival = next(self._arrivals)
         base_seed = mix64(self.info.seed, arrival) if params.seed is None else params.seed
@@ -105,6 +111,7 @@ class Engine:
             request = self._sequence(
                 given, sequence_params, arrival, index, mix64(base_seed, index), request_id
             )
+            request.prediction_ids = prediction
             detokenizer = None
             if self.tokenizer is not None:
                 detokenizer = IncrementalDetokenizer(
@@ -168,6 +175,7 @@ class Engine:
 
     def _process(self, output: ModelOutput) -> list[RequestOutput]:
         now = time.monotonic()
+        self._drafts = output.drafts
         touched: dict[str, RequestState] = {}
         for update in self.scheduler.update(output):
             state, sample = self._samples[update.request.request_id]
@@ -198,6 +206,7 @@ class Engine:
         request, params = sample.request, state.params
         if sample.matcher is not None and tokens:
             sample.matcher.accept(tokens)
+        num_accepted = update.num_accepted
         stop_token = reason is FinishReason.STOP and bool(tokens)
         if stop_token and tokens[-1] in params.stop_token_ids:
             sample.stop_reason = tokens[-1]
@@ -207,12 +216,16 @@ class Engine:
             if detokenizer.stop_reason is not None:  # a stop string, which came before all else
                 kept = detokenizer.num_tokens
                 vanished = request.num_output_tokens - kept
+                num_accepted = min(num_accepted, len(tokens) - vanished)
                 tokens = tokens[: len(tokens) - vanished]
                 sample.stop_reason, reason = detokenizer.stop_reason, FinishReason.STOP
                 if update.finish_reason is None:
                     self.scheduler.finish(request.request_id, FinishReason.STOP, kept)
                 elif vanished:
                     del request.token_ids[request.num_prompt_tokens + kept :]
+        speculation = state.metrics.speculation
+        if speculation is not None and update.is_verify and update.new_token_ids:
+            speculation.record(update.num_drafts, num_accepted)
         if update.logprobs is not None:
             sample.add_logprobs(update.logprobs[: len(tokens)], tokens, self.tokenizer)
         if reason is not None:
@@ -228,14 +241,16 @@ class Engine:
         """Bit masks for the rows that wait for one."""
         words = -(-self.info.vocab_size // 32)
         waiting = set(out.mask_slots)
-        masks: dict[int, np.ndarray[tuple[int, int], np.dtype[np.int32]]] = {}
+        masks: dict[int, npt.NDArray[np.int32]] = {}
         for key in out.row_keys:
-            if key.slot in waiting:
-                mask = np.full((1, words), -1, dtype=np.int32)
-                entry = self._samples.get(key.request_id)  # gone if it has just ended
-                if entry is not None and entry[1].matcher is not None:
-                    entry[1].matcher.fill_mask(mask[0])
-                masks[key.slot] = mask
+            if key.slot not in waiting:
+                continue
+            drafts = self._drafts.get(key.slot, [])
+            mask = np.full((1 + len(drafts), words), -1, dtype=np.int32)
+            entry = self._samples.get(key.request_id)  # gone if it has just ended
+            if entry is not None and entry[1].matcher is not None:
+                _fill_masks(entry[1].matcher, drafts, mask)
+            masks[key.slot] = mask
         return masks
 
     # ------------------------------------------------------------------ making sequences
@@ -279,6 +294,30 @@ class Engine:
             )
         )
 
+    def _prediction(self, params: SamplingParams) -> tuple[int, ...]:
+        if params.prediction is None:
+            return ()
+        if not self.info.speculates:
+            raise RequestError(
+                "prediction needs speculative decoding; start the engine with "
+                "speculative={'method': 'predicted'} (or 'prompt_lookup')",
+                "prediction",
+            )
+        prediction = params.prediction
+        if isinstance(prediction, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "a prediction given as text needs a tokenizer; give token ids", "prediction"
+                )
+            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
+        if len(prediction) > self.info.max_model_len:
+            raise RequestError(
+                f"the prediction has {len(prediction)} tokens and the context holds "
+                f"{self.info.max_model_len}; shorten it",
+                "prediction",
+            )
+        return tuple(prediction)
+
     def _compile_grammar(self, params: SamplingParams) -> Matcher | None:
         if params.structured_outputs is None:
             return None
@@ -293,6 +332,22 @@ class Engine:
             entry = self._samples.get(new.request_id)
             if entry is not None and entry[0].metrics.first_scheduled_time is None:
                 entry[0].metrics.first_scheduled_time = time.monotonic()
+
+
+def _fill_masks(matcher: Matcher, drafts: list[int], masks: npt.NDArray[np.int32]) -> None:
+    """Masks of the row after the known tokens and of each row after a draft.
+
+    Behind the first illegal draft nothing can be accepted, so those rows stay open.
+    """
+    matcher.fill_mask(masks[0])
+    taken = 0
+    for draft in drafts:
+        if matcher.is_finished or matcher.accept([draft]) == 0:
+            break
+        taken += 1
+        matcher.fill_mask(masks[taken])
+    if taken:
+        matcher.rollback(taken)
 
 
 def failed_output(request_id: str, prompt: PromptInput, error: RequestError) -> RequestOutput:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo import hub, platform
-from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig
+from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig, SpeculativeConfig
 from octavo.core.scheduler import Scheduler
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.engine import Engine, EngineInfo
@@ -91,6 +91,7 @@ def resolve(args: EngineArgs) -> EngineConfig:
         # On a CPU host and device are the same cores: nothing is won by running one step late.
         pipeline_depth=depth if depth is not None else int(on_gpu),
         attention_backend=_attention_backend(args.attention_backend),
+        speculative=None if args.speculative is None else SpeculativeConfig.from_dict(args.speculative),
     )
 
 
@@ -124,6 +125,7 @@ def build_engine(args: EngineArgs) -> EngineParts:
         eos_token_ids=eos,
         seed=args.seed,
         enable_prefix_caching=args.enable_prefix_caching,
+        speculates=config.speculative is not None,
     )
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,

@@ -19,6 +19,9 @@ from octavo.models.registry import build_model
 from octavo.models.weights import load_weights
 from octavo.sampling.cpu_draw import CpuDraw
 from octavo.sampling.sampler import DrawKernels, Sampler, TorchDraw
+from octavo.speculation.cpu_lookup import CpuLookup
+from octavo.speculation.lookup import PythonLookup
+from octavo.speculation.proposer import CustomProposer, Proposer, load_drafter
 from octavo.worker.cpu_step import CpuStep
 from octavo.worker.executor import Executor, InlineExecutor, ThreadExecutor
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
@@ -130,7 +133,22 @@ def build_runner(config: EngineConfig, kernels: KernelChoice, plan: MemoryPlan) 
         kernels.backend, model.attention_specs, plan.num_blocks, config.args.block_size, dtype, device
     )
     state = DeviceState(config.max_num_seqs, plan.max_model_len, config.args.block_size, device)
-    return ModelRunner(model, caches, state, kernels.steps(state), Sampler(kernels.draw))
+    steps = kernels.steps(state)
+    proposer = build_proposer(config, state, steps)
+    return ModelRunner(model, caches, state, steps, Sampler(kernels.draw), proposer)
+
+
+def build_proposer(config: EngineConfig, state: DeviceState, steps: StepMath) -> Proposer | None:
+    """The drafter this configuration names, or None where it does not speculate."""
+    if config.speculative is None:
+        return None
+    method = config.speculative.method
+    if ":" in method:
+        return CustomProposer(state, load_drafter(method), method)
+    prompt = method == "prompt_lookup"
+    if isinstance(steps, CpuStep):
+        return CpuLookup(steps.tables, prompt=prompt)
+    return PythonLookup(state, prompt=prompt)
 
 
 def torch_dtype(name: str) -> torch.dtype:

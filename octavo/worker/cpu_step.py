@@ -21,14 +21,14 @@ class CpuStep:
         self._num_sampled = 0
         self._width = 0
         self._stop_ids = state.stop_ids
-        self._tables = self._view_tables()
+        self.tables = self._view_tables()
 
     def prepare(self, out: SchedulerOutput) -> StepInputs:
         """See StepMath."""
         state = self._state
         if state.stop_ids is not self._stop_ids:  # it was replaced by a wider one
             self._stop_ids = state.stop_ids
-            self._tables = self._view_tables()
+            self.tables = self._view_tables()
         num_tokens = num_logits = longest = 0
         self._num_sampled, self._width, max_blocks = 0, 1, 1
         num_blocks = state.num_blocks
@@ -42,7 +42,7 @@ class CpuStep:
                 num_logits += columns
                 self._width = max(self._width, columns)
         self._rows = torch.from_numpy(np.array(out.rows, dtype=np.int64))
-        step = kernels.prepare(self._tables, self._rows, num_tokens, num_logits, max_blocks)
+        step = kernels.prepare(self.tables, self._rows, num_tokens, num_logits, max_blocks)
         metadata = AttentionMetadata(
             query_start_loc=step.query_start_loc,
             seq_lens=step.seq_lens,
@@ -69,7 +69,7 @@ class CpuStep:
         if drawn is None:
             drawn = torch.empty(0, dtype=torch.int64)
         tokens, numbers = kernels.finish(
-            self._tables, self._rows, inputs.num_valid, drawn, self._num_sampled, self._width
+            self.tables, self._rows, inputs.num_valid, drawn, self._num_sampled, self._width
         )
         emitted, drafts, accepted, finished = numbers.tolist()
         return StepResult(tokens.tolist(), emitted, drafts, accepted, finished)

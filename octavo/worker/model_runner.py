@@ -28,6 +28,7 @@ from octavo.core.messages import (
 from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import Bitmask, SamplingSlots, compile_params
 from octavo.sampling.sampler import NO_TOKEN, Sampler
+from octavo.speculation.proposer import Proposer
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.step_math import StepInputs, StepMath, StepResult
 
@@ -65,15 +66,19 @@ class ModelRunner:
         state: DeviceState,
         steps: StepMath,
         sampler: Sampler,
+        proposer: Proposer | None = None,
     ) -> None:
         self.model = model
         self.state = state
         self._steps = steps
         self._kv_caches = kv_caches
         self._sampler = sampler
+        self._proposer = proposer
         self._sampling = SamplingSlots(state.num_slots)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, how many)
         self._launched: _Launched | None = None
+        # Only grammars and traces want to know the drafts themselves.
+        self._reads_drafts = False
 
     @torch.inference_mode()
     def forward(self, out: SchedulerOutput) -> None:
@@ -84,6 +89,8 @@ class ModelRunner:
             self.state.remove(slot)
             self._sampling.remove(slot)
             self._prompt_logprobs.pop(slot, None)
+            if self._proposer is not None:
+                self._proposer.leave(slot)
         for new in out.new_slots:
             self._put(new)
         for slot, block_ids in out.new_blocks:
@@ -127,11 +134,30 @@ class ModelRunner:
             )
             drawn, logprobs = self._sampler(launched.logits, batch)
             _fill(output, out, self._steps.finish(out, inputs, drawn), logprobs)
-        output.target_seconds = time.perf_counter() - launched.started
+        drawn_at = time.perf_counter()
+        output.target_seconds = drawn_at - launched.started
+        if out.propose and self._proposer is not None:
+            output.drafts = self._propose(out, self._proposer)
+            output.draft_seconds = time.perf_counter() - drawn_at
         return output
+
+    def _propose(self, out: SchedulerOutput, proposer: Proposer) -> dict[int, list[int]]:
+        slots, counts = zip(*out.propose, strict=True)
+        proposer.propose(slots, counts)
+        if not self._reads_drafts:
+            return {}
+        state, found = self.state, {}
+        for slot in slots:
+            known, count = int(state.num_tokens[slot]), int(state.num_drafts[slot])
+            found[slot] = state.tokens[slot, known : known + count].tolist()
+        return found
 
     def _put(self, new: NewSlot) -> None:
         self.state.put(new)
+        if self._proposer is not None:
+            self._proposer.enter(new)
+        self._reads_drafts = self._reads_drafts or new.params.structured_outputs is not None
+        self._reads_drafts = self._reads_drafts or new.params.trace
         params = new.params
         self._sampling.put(
             new.slot,

@@ -16,7 +16,7 @@ import torch
 from octavo.kernels.cpu.library import shared_function
 
 
-class _Slots(ctypes.Structure):
+class SlotsView(ctypes.Structure):
     """`oc_slots`"""
 
     _fields_ = (
@@ -70,10 +70,12 @@ class _Result(ctypes.Structure):
 def _functions() -> tuple[Any, Any]:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     return (
-        shared_function("oc_prepare_step", [ctypes.POINTER(_Slots), pointer, size, ctypes.POINTER(_Inputs)]),
+        shared_function(
+            "oc_prepare_step", [ctypes.POINTER(SlotsView), pointer, size, ctypes.POINTER(_Inputs)]
+        ),
         shared_function(
             "oc_finish_step",
-            [ctypes.POINTER(_Slots), pointer, size, pointer, pointer, ctypes.POINTER(_Result)],
+            [ctypes.POINTER(SlotsView), pointer, size, pointer, pointer, ctypes.POINTER(_Result)],
         ),
     )
 
@@ -107,8 +109,9 @@ class SlotTables:
             on_cpu = tensor.device.type == "cpu" and tensor.is_contiguous()
             if tensor.dtype != dtype or not on_cpu or len(tensor) != len(tokens):
                 raise ValueError(f"{name} must be a contiguous {dtype} tensor on the CPU, one row a slot")
+        self.num_slots = len(tokens)
         self._tensors = [tensor for _, tensor, _ in wanted]
-        self.view = _Slots(
+        self.view = SlotsView(
             tokens.data_ptr(),
             tokens.shape[1],
             num_tokens.data_ptr(),

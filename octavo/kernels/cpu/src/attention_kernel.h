@@ -207,7 +207,8 @@ INLINE void add_value_row(const int R, const int C, const int kind, const int lo
             const vu pair = v_splat_u(weights->pairs[r][index]);
             UNROLL for (int c = 0; c < C; c++) acc[r][c] = v_dot_bf16(acc[r][c], v[c], pair);
         } else if (kind == KIND_BF16_WIDENED) {
-            const vf odd = v_splat(weights->f32[r][2 * index + 1]), even = v_splat(weights->f32[r][2 * index]);
+            const vf odd = v_splat(weights->f32[r][2 * index + 1]);
+            const vf even = v_splat(weights->f32[r][2 * index]);
             UNROLL for (int c = 0; c < C; c++) {
                 acc[r][c] = v_fma(v_from_bits(v[c] & 0xffff0000u), odd, acc[r][c]);
                 acc[r][c] = v_fma(v_from_bits(v[c] << 16), even, acc[r][c]);
@@ -298,7 +299,10 @@ ATTEND_UNITS(KIND_F32)
 
 /* [cache is bf16][vectors - 1][prefetch the next unit] */
 static const unit_function unit_functions[2][4][2] = {
-    {{KIND_F32_1, KIND_F32_1p}, {KIND_F32_2, KIND_F32_2p}, {KIND_F32_3, KIND_F32_3p}, {KIND_F32_4, KIND_F32_4p}},
+    {{KIND_F32_1, KIND_F32_1p},
+     {KIND_F32_2, KIND_F32_2p},
+     {KIND_F32_3, KIND_F32_3p},
+     {KIND_F32_4, KIND_F32_4p}},
     {{BF16_FUNCTION(1), BF16_FUNCTION(1p)},
      {BF16_FUNCTION(2), BF16_FUNCTION(2p)},
      {BF16_FUNCTION(3), BF16_FUNCTION(3p)},

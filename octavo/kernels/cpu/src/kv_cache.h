@@ -1,4 +1,4 @@
-/* The layout of the paged KV cache, known only to attention.c and rope_store.c.
+/* The layout of the paged KV cache, known only to attention*.[ch] and rope_store.c.
  *
  * A block is block_size / 16 *tiles* of 16 tokens, one after the other. A tile holds all KV heads,
  * so that a block is one contiguous read, and of each head first the keys, then the values:

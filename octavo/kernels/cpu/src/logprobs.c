@@ -60,7 +60,8 @@ static int insert(float *values, int32_t *ids, int count, int space, float value
     return count < space ? count + 1 : count;
 }
 
-static void find_top(const float *row, int64_t n, int top_n, oc_weighted *items, float *values, int32_t *ids) {
+static void find_top(const float *row, int64_t n, int top_n, oc_weighted *items, float *values,
+                     int32_t *ids) {
     const float low = oc_at_least_k(row, n, top_n, items);
     const vf from = v_splat(low);
     int count = 0;

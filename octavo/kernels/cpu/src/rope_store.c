@@ -131,7 +131,8 @@ static void store_head(const store_job *job, char *head, int token, const void *
     store_value_bf16(l, row, (uint16_t *)values, token);
 }
 
-static void store_token(const store_job *job, int64_t row, const char *key, const char *value, int32_t dtype) {
+static void store_token(const store_job *job, int64_t row, const char *key, const char *value,
+                        int32_t dtype) {
     const int64_t slot = job->step->slot_mapping[row];
     if (slot < 0) return;
     const oc_layout *l = &job->layout;

@@ -6,19 +6,7 @@
  * octavo/worker/step_torch.py, which is their oracle in the tests.
  */
 #include "octavo_cpu.h"
-
-/* The tables of octavo/worker/input_batch.py DeviceState; one row a slot. */
-typedef struct {
-    int32_t *tokens;      /* [slots][tokens_stride] */
-    int64_t tokens_stride;
-    int64_t *num_tokens, *num_computed, *num_drafts, *limit; /* [slots] */
-    uint8_t *finished;                                       /* [slots] */
-    const int64_t *stop_ids;                                 /* [slots][num_stop], -1 padded */
-    int64_t num_stop;
-    const int32_t *block_table; /* [slots][table_stride] */
-    int64_t table_stride;
-    int64_t block_size;
-} oc_slots;
+#include "slots.h"
 
 /* One request's rows: octavo/core/messages.py Rows. */
 typedef struct {
@@ -50,9 +38,6 @@ OC_EXPORT void oc_prepare_step(const oc_slots *slots, const oc_rows *rows, int64
                                const oc_inputs *out);
 OC_EXPORT void oc_finish_step(const oc_slots *slots, const oc_rows *rows, int64_t num_reqs,
                               const int64_t *num_valid, const int64_t *drawn, const oc_result *out);
-
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 void oc_prepare_step(const oc_slots *slots, const oc_rows *rows, int64_t num_reqs, const oc_inputs *out)
 {

@@ -1,0 +1,58 @@
+"""Paged attention by the Triton kernels, layer by layer.
+
+KV cache: [num_blocks, 2, num_kv_heads, block_size, head_dim], keys at 0, values at 1: what a program
+reads of a block, one head's keys or values, lies in one piece.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.attention.backend import AttentionMetadata, AttentionSpec
+
+
+class TritonBackend:
+    """Any mix of chunk, decode and verify rows; sliding window and soft cap; float32 to float16."""
+
+    name = "triton"
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> tuple[int, ...]:
+        """Shape of one layer's KV cache."""
+        return (num_blocks, 2, spec.num_kv_heads, block_size, spec.head_dim)
+
+    def store(
+        self,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> None:
+        """Write the rows that have a slot."""
+        from octavo.kernels.triton import pointwise
+
+        pointwise.store(key, value, metadata.slot_mapping, kv_cache)
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """[num_tokens, num_heads * head_dim]"""
+        from octavo.kernels.triton import attention
+        from octavo.kernels.triton.decoder import plans_of
+
+        query = query.contiguous()
+        output = torch.zeros_like(query)
+        plans = plans_of(metadata, spec)
+        scratch = None
+        if any(plan.parts > 1 for plan in plans):
+            scratch = attention.Scratch.allocate(
+                metadata.num_tokens, metadata.max_seq_len, spec, max(len(plan.tiles) for plan in plans),
+                query.device,
+            )  # fmt: skip
+        for plan in plans:
+            attention.attend(query, kv_cache, output, metadata, spec, plan, scratch)
+        return output.flatten(1)

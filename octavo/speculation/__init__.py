@@ -1,0 +1,1 @@
+"""Drafters: who guesses the next tokens. Verification is the model runner's, and the same for all."""
