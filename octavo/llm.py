@@ -236,6 +236,9 @@ class LLM:
         finally:
             for request_id in unfinished:
                 engine.abort(request_id)
+            # The last steps may hold what has just ended: read them, so that nothing stays behind.
+            while engine.num_unfinished == 0 and engine.has_work():
+                engine.step()
             if bar is not None:
                 bar.close()
 

@@ -17,6 +17,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.block_pool import Block
@@ -67,9 +68,22 @@ class _LaunchedStep:
     rows: list[Rows] = field(default_factory=list)
 
 
+# How many drafts to propose at the end of a step for a request that samples in it.
+DraftPolicy: TypeAlias = Callable[[Request], int]
+
+
 def no_drafts(request: Request) -> int:
     """The draft policy of an engine without speculation."""
     return 0
+
+
+def fixed_drafts(count: int) -> DraftPolicy:
+    """The draft policy of a fixed num_speculative_tokens; a request's own number wins."""
+
+    def num_drafts(request: Request) -> int:
+        return count if request.num_speculative_tokens is None else request.num_speculative_tokens
+
+    return num_drafts
 
 
 class Scheduler:
@@ -83,7 +97,7 @@ class Scheduler:
         self,
         config: SchedulerConfig,
         cache: CacheConfig,
-        num_drafts: Callable[[Request], int] = no_drafts,
+        num_drafts: DraftPolicy = no_drafts,
     ) -> None:
         self.config = config
         self.kv = KVCacheManager(cache.num_blocks, cache.block_size)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from octavo.core.messages import ModelOutput, SchedulerOutput
+from octavo.core.messages import ModelOutput, RowKind, SchedulerOutput
 from octavo.core.mix import mix64
 from octavo.core.request import FinishReason, Request
 from octavo.core.scheduler import RequestUpdate, Scheduler
@@ -64,7 +64,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._samples: dict[str, tuple[RequestState, Sample]] = {}  # by the sequence's id
         self._arrivals = itertools.count()
-        self._drafts: dict[int, list[int]] = {}  # by slot, of the step read last; only where asked for
+        self._drafts: dict[int, list[int]] = {}  # by slot, the latest; only where a grammar runs
 
     # ------------------------------------------------------------------ requests
 
@@ -112,6 +112,8 @@ class Engine:
                 given, sequence_params, arrival, index, mix64(base_seed, index), request_id
             )
             request.prediction_ids = prediction
+            if isinstance(params.num_speculative_tokens, int):
+                request.num_speculative_tokens = params.num_speculative_tokens
             detokenizer = None
             if self.tokenizer is not None:
                 detokenizer = IncrementalDetokenizer(
@@ -175,7 +177,7 @@ class Engine:
 
     def _process(self, output: ModelOutput) -> list[RequestOutput]:
         now = time.monotonic()
-        self._drafts = output.drafts
+        self._drafts.update(output.drafts)
         touched: dict[str, RequestState] = {}
         for update in self.scheduler.update(output):
             state, sample = self._samples[update.request.request_id]
@@ -242,10 +244,12 @@ class Engine:
         words = -(-self.info.vocab_size // 32)
         waiting = set(out.mask_slots)
         masks: dict[int, npt.NDArray[np.int32]] = {}
-        for key in out.row_keys:
+        for key, rows in zip(out.row_keys, out.rows, strict=True):
             if key.slot not in waiting:
                 continue
-            drafts = self._drafts.get(key.slot, [])
+            drafts = (
+                self._drafts.get(key.slot, [])[: rows.num_rows - 1] if rows.kind is RowKind.VERIFY else []
+            )
             mask = np.full((1 + len(drafts), words), -1, dtype=np.int32)
             entry = self._samples.get(key.request_id)  # gone if it has just ended
             if entry is not None and entry[1].matcher is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from octavo import hub, platform
 from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig, SpeculativeConfig
-from octavo.core.scheduler import Scheduler
+from octavo.core.scheduler import DraftPolicy, Scheduler, fixed_drafts, no_drafts
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.engine import Engine, EngineInfo
 from octavo.engine.grammar import GrammarCompiler
@@ -138,7 +138,10 @@ def build_engine(args: EngineArgs) -> EngineParts:
     )
     cache = CacheConfig(args.block_size, memory.num_blocks, args.enable_prefix_caching)
     grammar = GrammarCompiler(found, config.model.vocab_size, eos) if found is not None else None
-    engine = Engine(info, Scheduler(scheduler_config, cache), executor, found, grammar)
+    policy: DraftPolicy = no_drafts
+    if config.speculative is not None:
+        policy = fixed_drafts(config.speculative.num_speculative_tokens or 0)
+    engine = Engine(info, Scheduler(scheduler_config, cache, policy), executor, found, grammar)
     for note in kernels.notes:
         logger.warning(note)
     return EngineParts(engine, config, memory, kernels.notes)
