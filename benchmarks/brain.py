@@ -14,6 +14,7 @@ import statistics
 import time
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.draft_planner import EachRequest
 from octavo.core.messages import Finish, ModelOutput, SchedulerOutput
 from octavo.core.request import Request
 from octavo.core.scheduler import Scheduler
@@ -48,7 +49,9 @@ def measure(running: int, context: int, steps: int, drafts: int) -> dict[str, fl
         max_chunk_tokens=length,
         pipeline_depth=1,
     )
-    scheduler = Scheduler(config, CacheConfig(BLOCK_SIZE, blocks, True), num_drafts=lambda _: drafts)
+    scheduler = Scheduler(
+        config, CacheConfig(BLOCK_SIZE, blocks, True), EachRequest(lambda _: drafts) if drafts else None
+    )
     params = SamplingParams(temperature=0)
     for index in range(running):
         prompt = [index % 1000, *range(context - 1)]

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 _MAX_SURPRISE = 0.25  # of log(observed / expected)
 _SPEED_RATE = 0.04
 _LOCAL_RATE = 0.04  # at last; the first observations of a table entry count for more
+_DELIBERATE_RATE = 0.15  # of a measurement that was made on purpose, and is rare
 
 
 class CostModel:
@@ -79,8 +80,8 @@ class CostModel:
             return 0.0
         return max(-_MAX_SURPRISE, min(_MAX_SURPRISE, math.log(ratio)))
 
-    def observe(self, rows: int, kv_tokens: int, seconds: float) -> None:
-        """Correct the model by one pass that took `seconds`."""
+    def observe(self, rows: int, kv_tokens: int, seconds: float, deliberate: bool = False) -> None:
+        """Correct the model by one pass that took `seconds`; more by a `deliberate` measurement."""
         if seconds <= 0.0:
             return
         surprise = self.surprise(rows, kv_tokens, seconds)
@@ -94,16 +95,17 @@ class CostModel:
         high = min(bisect_left(self._rows, rows), len(self._rows) - 1)
         low = max(high - 1, 0)
         if low == high or rows >= self._rows[high]:
-            self._correct(high, 1.0, surprise * (1.0 - kv_share))
+            self._correct(high, 1.0, surprise * (1.0 - kv_share), deliberate)
             return
         share = max(0.0, (rows - self._rows[low]) / (self._rows[high] - self._rows[low]))
-        self._correct(low, 1.0 - share, surprise * (1.0 - kv_share))
-        self._correct(high, share, surprise * (1.0 - kv_share))
+        self._correct(low, 1.0 - share, surprise * (1.0 - kv_share), deliberate)
+        self._correct(high, share, surprise * (1.0 - kv_share), deliberate)
 
-    def _correct(self, index: int, share: float, surprise: float) -> None:
+    def _correct(self, index: int, share: float, surprise: float, deliberate: bool) -> None:
         if share <= 0.0:
             return
-        self._weight[index] += share
-        rate = max(_LOCAL_RATE, 1.0 / (self._weight[index] + 3.0))
+        self._weight[index] += share * share
+        least = _DELIBERATE_RATE if deliberate else _LOCAL_RATE
+        rate = max(least, 1.0 / (self._weight[index] + 3.0))
         self._local[index] += rate * share * surprise
         self._values[index] = self._measured[index] * math.exp(self._local[index])

@@ -147,5 +147,7 @@ class ModelOutput:
     errors: dict[SlotKey, str] = field(default_factory=dict)
     # drafts made at the end of the step, by slot; the next step verifies them
     drafts: dict[int, list[int]] = field(default_factory=dict)
+    # how many were made, by slot; None where the device has not waited to know
+    num_drafted: dict[int, int] | None = None
     target_seconds: float = 0.0
     draft_seconds: float = 0.0

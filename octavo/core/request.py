@@ -15,6 +15,7 @@ from collections.abc import Hashable
 from enum import Enum
 
 from octavo.core.block_pool import Block
+from octavo.core.draft_budget import DraftState
 from octavo.core.messages import SlotKey
 from octavo.sampling_params import SamplingParams
 
@@ -45,12 +46,12 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decoding", "finish_reason",
-        "generation", "key", "limit", "num_cached_tokens", "num_computed_tokens", "num_inflight_samples",
-        "num_inflight_steps", "num_inflight_tokens", "num_preemptions", "num_prompt_tokens",
-        "num_proposed", "num_registered_blocks", "num_speculative_tokens", "params", "prediction_ids",
-        "prefix_parent", "priority", "read_cache", "request_id", "seed", "slot", "status",
-        "stop_token_ids", "token_ids", "uses_mask",
+        "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decoding", "draft_state",
+        "finish_reason", "generation", "key", "limit", "num_cached_tokens", "num_computed_tokens",
+        "num_inflight_samples", "num_inflight_steps", "num_inflight_tokens", "num_preemptions",
+        "num_prompt_tokens", "num_proposed", "num_registered_blocks", "num_speculative_tokens", "params",
+        "prediction_ids", "prefix_parent", "priority", "read_cache", "request_id", "seed", "slot",
+        "status", "stop_token_ids", "token_ids", "uses_mask",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +93,7 @@ class Request:
         self.num_inflight_samples = 0  # launched steps that emit at least one token
         self.decoding = False  # the rows that reach the last known token were launched
         self.num_speculative_tokens: int | None = None  # the request's own wish; None: the engine's
+        self.draft_state: DraftState | None = None  # the draft budget's
         self.num_proposed = 0  # drafts the last launched step makes at its end
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens the first admission found in the cache

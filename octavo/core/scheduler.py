@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.block_pool import Block
+from octavo.core.draft_planner import DraftPlanner, PlannedStep, ReadStep
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.messages import (
     Finish,
@@ -66,42 +66,23 @@ class _LaunchedStep:
     step_id: int
     requests: list[Request] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
-
-
-# How many drafts to propose at the end of a step for a request that samples in it.
-DraftPolicy: TypeAlias = Callable[[Request], int]
-
-
-def no_drafts(request: Request) -> int:
-    """The draft policy of an engine without speculation."""
-    return 0
-
-
-def fixed_drafts(count: int) -> DraftPolicy:
-    """The draft policy of a fixed num_speculative_tokens; a request's own number wins."""
-
-    def num_drafts(request: Request) -> int:
-        return count if request.num_speculative_tokens is None else request.num_speculative_tokens
-
-    return num_drafts
+    kv_tokens: int = 0  # context of the requests that sample
+    plan: object | None = None  # the draft planner's, of the drafts made at the end
 
 
 class Scheduler:
     """The brain's one entry: add, abort, schedule, update.
 
-    `num_drafts(request)` says how many drafts to propose at the end of a step for a request that
-    samples in it. Not thread-safe: one engine loop owns it.
+    `planner` says how many drafts to make at the end of a step; None: no speculation. Not
+    thread-safe: one engine loop owns it.
     """
 
     def __init__(
-        self,
-        config: SchedulerConfig,
-        cache: CacheConfig,
-        num_drafts: DraftPolicy = no_drafts,
+        self, config: SchedulerConfig, cache: CacheConfig, planner: DraftPlanner | None = None
     ) -> None:
         self.config = config
         self.kv = KVCacheManager(cache.num_blocks, cache.block_size)
-        self.num_drafts = num_drafts
+        self.planner = planner
         self.stats = SchedulerStats()
         self.requests: dict[str, Request] = {}  # waiting and running
         self.running: list[Request] = []  # by Request.order
@@ -170,6 +151,8 @@ class Scheduler:
         # Only a step that is launched may carry slot changes: what was freed while nothing could
         # run waits for the next one.
         out.freed_slots, self._freed_slots = self._freed_slots, []
+        if self.planner is not None:
+            self._propose(self.planner, out, step)
         self._launched.append(step)
         self._step_id += 1
         self.stats.num_steps += 1
@@ -274,12 +257,26 @@ class Scheduler:
         request.num_inflight_samples += 1
         if request.uses_mask:
             out.mask_slots.append(request.slot)
+
+    def _propose(self, planner: DraftPlanner, out: SchedulerOutput, step: _LaunchedStep) -> None:
+        """Ask for drafts at the end of the step, which the next one verifies."""
+        requests = [r for r, rows in zip(step.requests, step.rows, strict=True) if rows.samples]
+        step.kv_tokens = sum(r.num_computed_tokens + r.num_inflight_tokens for r in requests)
+        if not requests:
+            return
         # Drafts past the limit could never be emitted.
-        room = request.limit - request.num_tokens - request.num_inflight_samples - 1
-        num_drafts = min(self.num_drafts(request), room)
-        if num_drafts > 0:
-            request.num_proposed = num_drafts
-            out.propose.append(Propose(request.slot, num_drafts))
+        rooms = [max(0, r.limit - r.num_tokens - r.num_inflight_samples - 1) for r in requests]
+        waiting = sum(
+            r.num_tokens - r.num_computed_tokens - r.num_inflight_tokens
+            for r in self.running
+            if not r.decoding
+        )
+        kv_room = self.kv.pool.num_free * self.kv.block_size
+        counts, step.plan = planner.plan(PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room))
+        for request, count in zip(requests, counts, strict=True):
+            if count > 0:
+                request.num_proposed = count
+                out.propose.append(Propose(request.slot, count))
 
     # ------------------------------------------------------------------ blocks and slots
 
@@ -414,7 +411,44 @@ class Scheduler:
             if request in self._zombies and not request.num_inflight_steps:
                 self._zombies.discard(request)
                 self._release(request)
+        if self.planner is not None:
+            self._observe(self.planner, step, output)
         return updates
+
+    def _observe(self, planner: DraftPlanner, step: _LaunchedStep, output: ModelOutput) -> None:
+        requests: list[Request] = []
+        asked: list[int] = []
+        drafted: list[int] = []
+        accepted: list[int] = []
+        num_rows = chunk_rows = 0
+        for index, (request, rows) in enumerate(zip(step.requests, step.rows, strict=True)):
+            num_rows += rows.num_rows
+            if rows.kind is RowKind.CHUNK:
+                chunk_rows += rows.num_rows
+                continue
+            requests.append(request)
+            drafted.append(output.num_drafts_valid[index])
+            accepted.append(output.num_accepted[index])
+            # Drafts behind the end of a request were not refused, they just came too late.
+            ended = output.finished[index] is not Finish.NO or not output.tokens[index]
+            asked.append(accepted[-1] if ended else rows.num_rows - 1)
+            # What the drafter made is known before the next step is built: ask for no empty rows.
+            if request.num_proposed and not request.num_inflight_steps and output.num_drafted is not None:
+                request.num_proposed = min(request.num_proposed, output.num_drafted.get(request.slot, 0))
+        planner.observe(
+            ReadStep(
+                step.plan,
+                num_rows,
+                chunk_rows,
+                step.kv_tokens,
+                output.target_seconds,
+                output.draft_seconds,
+                requests,
+                asked,
+                drafted,
+                accepted,
+            )
+        )
 
     def _update_one(self, request: Request, rows: Rows, output: ModelOutput, index: int) -> RequestUpdate:
         tokens = output.tokens[index]

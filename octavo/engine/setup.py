@@ -18,7 +18,10 @@ from typing import Any
 
 from octavo import hub, platform
 from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig, SpeculativeConfig
-from octavo.core.scheduler import DraftPolicy, Scheduler, fixed_drafts, no_drafts
+from octavo.core.cost_model import CostModel
+from octavo.core.draft_budget import DraftBudget
+from octavo.core.draft_planner import BudgetPlanner
+from octavo.core.scheduler import Scheduler
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.engine import Engine, EngineInfo
 from octavo.engine.grammar import GrammarCompiler
@@ -108,13 +111,19 @@ def build_engine(args: EngineArgs) -> EngineParts:
     config = resolve(args)
     # The tokenizer takes as long as the weights, and needs no torch: both at the same time.
     tokenizer = _InThread(lambda: _load_tokenizer(config))
-    from octavo.worker.build import build_worker, choose_kernels, plan_worker
+    from octavo.worker.build import (
+        build_runner,
+        choose_kernels,
+        measure_step_costs,
+        plan_worker,
+        start_executor,
+    )
 
     kernels = choose_kernels(config)
     memory = plan_worker(config, kernels)
     for line in memory.describe().splitlines():
         logger.info(line)
-    executor = build_worker(config, kernels, memory)
+    runner = build_runner(config, kernels, memory)
     found = tokenizer.result()
     eos = config.model.eos_token_ids
     if found is not None and found.eos_token_id is not None and found.eos_token_id not in eos:
@@ -138,10 +147,17 @@ def build_engine(args: EngineArgs) -> EngineParts:
     )
     cache = CacheConfig(args.block_size, memory.num_blocks, args.enable_prefix_caching)
     grammar = GrammarCompiler(found, config.model.vocab_size, eos) if found is not None else None
-    policy: DraftPolicy = no_drafts
+    planner = None
     if config.speculative is not None:
-        policy = fixed_drafts(config.speculative.num_speculative_tokens or 0)
-    engine = Engine(info, Scheduler(scheduler_config, cache, policy), executor, found, grammar)
+        table, per_kv_token = measure_step_costs(runner, memory)
+        budget = DraftBudget(
+            CostModel(table, per_kv_token),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            reserves_rows=config.pipeline_depth > 0,
+        )
+        planner = BudgetPlanner(budget, config.speculative.method, config.speculative.num_speculative_tokens)
+    executor = start_executor(runner, config.pipeline_depth)
+    engine = Engine(info, Scheduler(scheduler_config, cache, planner), executor, found, grammar)
     for note in kernels.notes:
         logger.warning(note)
     return EngineParts(engine, config, memory, kernels.notes)

@@ -115,10 +115,23 @@ def plan_worker(config: EngineConfig, kernels: KernelChoice) -> MemoryPlan:
     return plan_memory(asked)
 
 
-def build_worker(config: EngineConfig, kernels: KernelChoice, plan: MemoryPlan) -> Executor:
-    """Load the model and start the executor of this configuration's pipeline depth."""
-    runner = build_runner(config, kernels, plan)
-    return ThreadExecutor(runner) if config.pipeline_depth else InlineExecutor(runner)
+def start_executor(runner: ModelRunner, pipeline_depth: int) -> Executor:
+    """The executor of a pipeline depth."""
+    return ThreadExecutor(runner) if pipeline_depth else InlineExecutor(runner)
+
+
+def measure_step_costs(runner: ModelRunner, plan: MemoryPlan) -> tuple[list[tuple[int, float]], float]:
+    """What the draft budget starts from: seconds of a step by its rows, and per KV token read.
+
+    A few passes, together about as long as twenty decode steps. A KV token's time is its bytes at the
+    rate at which one row reads the weights; the budget corrects both by what it sees.
+    """
+    table = []
+    for rows, repeats in ((1, 3), (2, 2), (4, 2), (8, 2), (16, 2), (32, 1), (64, 1)):
+        table.append((rows, min(runner.time_rows(rows) for _ in range(repeats))))
+    asked = plan.request
+    bytes_per_second = asked.weights / table[0][1]
+    return table, asked.block_bytes / asked.block_size / bytes_per_second
 
 
 def build_runner(config: EngineConfig, kernels: KernelChoice, plan: MemoryPlan) -> ModelRunner:

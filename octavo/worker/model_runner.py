@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octavo.attention.backend import ForwardContext
+from octavo.attention.backend import AttentionMetadata, ForwardContext
 from octavo.core.messages import (
     Finish,
     ModelOutput,
@@ -137,20 +137,43 @@ class ModelRunner:
         drawn_at = time.perf_counter()
         output.target_seconds = drawn_at - launched.started
         if out.propose and self._proposer is not None:
-            output.drafts = self._propose(out, self._proposer)
+            self._propose(out, output, self._proposer)
             output.draft_seconds = time.perf_counter() - drawn_at
         return output
 
-    def _propose(self, out: SchedulerOutput, proposer: Proposer) -> dict[int, list[int]]:
+    @torch.inference_mode()
+    def time_rows(self, num_rows: int) -> float:
+        """Seconds of a forward pass and its logits for this many rows, with no KV to read."""
+        device = self.state.device
+        ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        padding = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+        metadata = AttentionMetadata(
+            query_start_loc=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
+            seq_lens=torch.zeros(1, dtype=torch.int32, device=device),
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            slot_mapping=padding,
+            positions=padding,
+            num_reqs=1,
+            num_tokens=num_rows,
+            max_query_len=num_rows,
+            max_seq_len=0,
+        )
+        started = time.perf_counter()
+        hidden = self.model.forward(ids, padding, ForwardContext(metadata, self._kv_caches))
+        self.model.logits(hidden)
+        return time.perf_counter() - started
+
+    def _propose(self, out: SchedulerOutput, output: ModelOutput, proposer: Proposer) -> None:
         slots, counts = zip(*out.propose, strict=True)
         proposer.propose(slots, counts)
+        state = self.state
+        if state.device.type == "cpu":  # elsewhere it would mean to wait
+            output.num_drafted = dict(zip(slots, state.num_drafts[list(slots)].tolist(), strict=True))
         if not self._reads_drafts:
-            return {}
-        state, found = self.state, {}
+            return
         for slot in slots:
             known, count = int(state.num_tokens[slot]), int(state.num_drafts[slot])
-            found[slot] = state.tokens[slot, known : known + count].tolist()
-        return found
+            output.drafts[slot] = state.tokens[slot, known : known + count].tolist()
 
     def _put(self, new: NewSlot) -> None:
         self.state.put(new)

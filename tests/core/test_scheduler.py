@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.draft_planner import EachRequest
 from octavo.core.messages import RowKind, SchedulerOutput
 from octavo.core.request import FinishReason, Request
 from octavo.core.scheduler import RequestUpdate, Scheduler
@@ -29,7 +30,9 @@ class Bench:
             "pipeline_depth": depth,
         }
         self.config = SchedulerConfig(**{**values, **limits})
-        self.scheduler = Scheduler(self.config, CacheConfig(BLOCK, blocks, True), lambda _: drafts)
+        self.scheduler = Scheduler(
+            self.config, CacheConfig(BLOCK, blocks, True), EachRequest(lambda _: drafts)
+        )
         self.device = FakeDevice(blocks, BLOCK, draft_accuracy=1.0)
         self.arrivals = 0
 

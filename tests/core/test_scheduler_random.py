@@ -12,6 +12,7 @@ import random
 import pytest
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.draft_planner import EachRequest
 from octavo.core.request import FinishReason, Request, Status
 from octavo.core.scheduler import Scheduler
 from octavo.sampling_params import SamplingParams
@@ -40,7 +41,7 @@ class Simulation:
         )
         cache = CacheConfig(self.block_size, self.num_blocks, True)
         self.max_drafts = rng.choice([0, 1, 4])
-        self.scheduler = Scheduler(config, cache, num_drafts=lambda _: rng.randint(0, self.max_drafts))
+        self.scheduler = Scheduler(config, cache, EachRequest(lambda _: rng.randint(0, self.max_drafts)))
         self.device = FakeDevice(self.num_blocks, self.block_size, seed)
         self.prefixes = [[rng.randrange(VOCAB) for _ in range(self.max_len)] for _ in range(3)]
         self.open: dict[str, Request] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.draft_planner import EachRequest
 from octavo.core.messages import ModelOutput, SchedulerOutput
 from octavo.core.scheduler import Scheduler
 from octavo.engine.engine import Engine, EngineInfo
@@ -74,7 +75,9 @@ def fake_engine(
         max_chunk_tokens=1000,
         pipeline_depth=depth,
     )
-    scheduler = Scheduler(config, CacheConfig(BLOCK_SIZE, blocks, enable_prefix_caching), lambda _: drafts)
+    scheduler = Scheduler(
+        config, CacheConfig(BLOCK_SIZE, blocks, enable_prefix_caching), EachRequest(lambda _: drafts)
+    )
     info = EngineInfo(VOCAB, max_model_len, eos, seed=3, enable_prefix_caching=enable_prefix_caching)
     device = FakeDevice(blocks, BLOCK_SIZE)
     return Engine(info, scheduler, FakeExecutor(device, **executor), tokenizer)
