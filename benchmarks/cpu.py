@@ -6,7 +6,8 @@
 Every repetition is a process of its own, so that memory and start-up are honest and no engine's
 threads are in another's way; engines take turns within each row, and every other round the order is
 reversed. All use the same cores (--threads of them), bfloat16, greedy decoding past the end token,
-and get the prompts as the same token ids.
+and get the prompts as the same token ids. vLLM takes minutes to start, each time: --repeat-of
+vllm=1 keeps that bearable.
 
 Prints one JSON line a row and engine as soon as it is done, and a table with medians, spread,
 Octavo's ratio to each peer and this machine's limits (benchmarks/machine.py says how they are
@@ -24,8 +25,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,6 +55,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=rows.ENGINES, default=list(rows.ENGINES))
     parser.add_argument("--rows", nargs="+", choices=rows.ROWS, default=list(rows.ROWS))
     parser.add_argument("--repeat", type=int, default=3, help="runs of each row and engine")
+    parser.add_argument(
+        "--repeat-of", nargs="+", default=[], metavar="ENGINE=N", help="other numbers, for what starts slowly"
+    )
     parser.add_argument("--retry", type=int, default=0, help="more runs where others disturbed one")
     parser.add_argument("--threads", type=int, default=2, help="cores every engine gets")
     parser.add_argument("--kv-cache", default="1GB", help="size of the KV cache (row memory: 256 MB)")
@@ -65,6 +70,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.repeat = 1
+    repeats = dict.fromkeys(rows.ENGINES, options.repeat)
+    for each in options.repeat_of:
+        engine, _, number = each.partition("=")
+        if engine not in repeats or not number.isdigit() or int(number) < 1:
+            parser.error(f"--repeat-of {each}: write ENGINE=N, such as vllm=1")
+        repeats[engine] = int(number)
+    options.repeats = repeats
     if options.repeat < 1 or options.retry < 0 or options.threads < 1:
         parser.error("--repeat and --threads must be at least 1, --retry at least 0")
     return options
@@ -81,21 +93,25 @@ def use_cores(count: int) -> list[int]:
     return cores[:count]
 
 
-def measure_limits(setup: rows.Setup) -> machine.Limits:
+def measure_limits(setup: rows.Setup, quick: bool) -> machine.Limits:
     """In a fresh process, as everything else."""
-    command = [sys.executable, "-m", "benchmarks.machine"]
+    command = [sys.executable, "-m", "benchmarks.machine", str(len(setup.cores))]
+    command += ["--quick"] if quick else []
     return machine.Limits(**json.loads(run_child(command, setup.root, setup.env).stdout))
 
 
-def measure_row(setup: rows.Setup, row: str, engines: Sequence[str], repeat: int, retry: int) -> list[Result]:
-    """All engines in turn, `repeat` times; one Result for each piece that is for this row."""
-    todo = [piece for engine in engines for piece in rows.pieces(setup, row, engine)]
+def measure_row(setup: rows.Setup, row: str, repeats: Mapping[str, int], retry: int) -> list[Result]:
+    """The engines of `repeats` in turn, each so often; one Result for each piece that is for this row."""
+    todo = [piece for engine in repeats for piece in rows.pieces(setup, row, engine)]
     results = [Result(piece.row, piece.variant, piece.engine) for piece in todo]
     pairs = list(zip(todo, results, strict=True))
-    for number in range(repeat + retry):
+    for number in range(max(repeats.values(), default=0) + retry):
         for piece, result in pairs if number % 2 == 0 else reversed(pairs):
+            repeat = repeats[piece.engine]
             quiet = sum(not run.disturbed for run in result.runs)
-            if result.error is not None or (number >= repeat and quiet >= repeat):
+            if result.error or len(result.runs) >= repeat + retry:
+                continue
+            if len(result.runs) >= repeat and quiet >= repeat:
                 continue
             name = " ".join(filter(None, (row, piece.variant, piece.engine)))
             print(f"{name}: run {number + 1}", file=sys.stderr, flush=True)
@@ -164,14 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    limits = measure_limits(setup)
+    limits = measure_limits(setup, options.quick)
     results: list[Result] = []
     for row in options.rows:
-        done = measure_row(setup, row, engines, options.repeat, options.retry)
+        done = measure_row(setup, row, {each: options.repeats[each] for each in engines}, options.retry)
         for result in done:
             write(result.record())
         results += done
-    limits = limits.better(measure_limits(setup))
+    limits = limits.better(measure_limits(setup, options.quick))
     described = {
         "row": "machine",
         "cpu": platform.cpu_model(),
@@ -194,4 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A plain kill, too, must end the engines: as an exception it passes through run_child.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -1,28 +1,32 @@
 """What this machine could do at best for the same work, from two measured figures.
 
-    R = memory read bandwidth, bytes/s      (torch, one pass over 1 GiB with all threads, best of 15)
-    F = bf16 matrix products, operations/s  (torch, 2048 x 2048 x 2048, best of 15)
+    R = memory read bandwidth, bytes/s      the best of several ways to read, all threads at once
+    F = bf16 multiply-adds, operations/s    the best of torch's product of 2048 x 2048 x 2048 and the
+                                            processor's instruction for it alone (cpu_peak.c; only
+                                            with a C compiler, on x86 with AVX-512 bf16)
 
-and three of the model: P parameters that one token uses, W = 2 P bytes of them, K bytes of KV cache
-a token. One step reads every weight once whatever its number of rows, so a step of n rows (tokens)
-over a context of c tokens in all takes at least
+and of the model: P parameters that one token uses, H of them in the output head, W = 2 P bytes in
+all, K bytes of KV cache a token. One step reads every weight once whatever its number of rows. So a
+step of n rows (tokens), s of which are sampled from, over c tokens of context in all takes at least
 
-    step(n, c) = max( (W + K c) / R ,  2 P n / F )
+    step(n, s, c) = max( (W + K c) / R ,  2 ((P - H) n + H s) / F )
 
-    single stream      1 / step(1, 0): tokens a second, the context left out
-    time to first      step(prompt, 0)
-    batch of B         B out / ( step(all prompt tokens, 0) + (out - 1) step(B, mean context) )
+    single stream      1 / step(1, 1, 0): tokens a second, the context left out
+    time to first      step(prompt, 1, 0)
+    batch of B         B out / ( step(all prompt tokens, B, 0) + (out - 1) step(B, B, mean context) )
     shared prefix      the same, the prefix computed once and read once a step
 
-Attention's own arithmetic, sampling and everything outside the products are free in this model, so
-it is a bound and no estimate. F is what torch reaches, not the processor's nominal peak.
+Attention's own arithmetic, sampling and everything outside the products are free in this model: it
+is a bound and no estimate.
 
-`python -m benchmarks.machine` measures R and F and prints them as JSON.
+`python -m benchmarks.machine THREADS [--quick]` measures R and F and prints them as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -54,6 +58,7 @@ class ModelSize:
     """What one token costs."""
 
     parameters: int
+    head_parameters: int
     kv_bytes: int  # of one token, bf16
 
     @property
@@ -69,44 +74,60 @@ class ModelSize:
 
         config = ModelConfig.from_folder(folder)
         kv = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
-        return cls(bytes_per_token(folder, 1), kv)
+        return cls(bytes_per_token(folder, 1), config.vocab_size * config.hidden_size, kv)
 
 
-def step_seconds(model: ModelSize, machine: Limits, rows: int, context: float = 0.0) -> float:
+def step_seconds(model: ModelSize, machine: Limits, rows: int, samples: int, context: float = 0.0) -> float:
     """The least time of one step of `rows` tokens that read `context` tokens of KV in all."""
     reading = (model.weight_bytes + model.kv_bytes * context) / machine.read_bytes_s
-    return max(reading, 2 * model.parameters * rows / machine.bf16_operations_s)
+    body = model.parameters - model.head_parameters
+    return max(reading, 2 * (body * rows + model.head_parameters * samples) / machine.bf16_operations_s)
 
 
 def stream_limit(model: ModelSize, machine: Limits) -> float:
     """Tokens a second of one request."""
-    return 1 / step_seconds(model, machine, 1)
+    return 1 / step_seconds(model, machine, 1, 1)
 
 
 def first_token_limit(model: ModelSize, machine: Limits, prompt: int) -> float:
     """Seconds until the first token of one request."""
-    return step_seconds(model, machine, prompt)
+    return step_seconds(model, machine, prompt, 1)
 
 
 def batch_limit(model: ModelSize, machine: Limits, requests: Sequence[Request], shared: int = 0) -> float:
     """Output tokens a second of requests that all run together; `shared` prompt tokens are the same."""
-    own = sum(len(request.prompt) - shared for request in requests)
-    new = requests[0].new_tokens
-    context = shared + own + len(requests) * fmean(range(new))
-    prompts = step_seconds(model, machine, shared + own)
-    return len(requests) * new / (prompts + (new - 1) * step_seconds(model, machine, len(requests), context))
+    count, new = len(requests), requests[0].new_tokens
+    prompts = shared + sum(len(request.prompt) - shared for request in requests)
+    context = prompts + count * fmean(range(new))
+    seconds = step_seconds(model, machine, prompts, count)
+    seconds += (new - 1) * step_seconds(model, machine, count, count, context)
+    return count * new / seconds
 
 
-def measure(repeat: int = 15) -> Limits:
-    """Read bandwidth and bf16 products with the threads torch takes."""
+def measure(threads: int, thorough: bool = True) -> Limits:
+    """Both figures, with `threads` threads. Not thorough: fast, for trying the script."""
     import torch
 
-    memory = torch.ones(1 << 28)  # 1 GiB, far beyond any cache
+    from benchmarks import cpu_kernels
+    from octavo.errors import OctavoError
+    from octavo.kernels.cpu.build import BuildError
+    from octavo.kernels.cpu.library import available_isas
+    from octavo.platform import memory_bandwidth_probe
+
+    torch.set_num_threads(threads)
+    repeat, seconds = (15, 1.0) if thorough else (2, 0.05)
+    memory = torch.ones(1 << (28 if thorough else 24))  # 1 GiB, far beyond any cache
     square = torch.randn(2048, 2048).bfloat16()
     with ForeignCores() as watch:
-        reading = _best(lambda: memory.sum(), repeat)
-        multiplying = _best(lambda: square @ square, repeat)
-    return Limits(memory.nbytes / reading, 2 * 2048**3 / multiplying, watch.cores)
+        reading = max(
+            memory.nbytes / _best(lambda: memory.sum(), repeat), memory_bandwidth_probe(seconds) * 1e9
+        )
+        multiplying = 2 * 2048**3 / _best(lambda: square @ square, repeat)
+        with contextlib.suppress(OctavoError, BuildError):  # no kernels or no compiler: torch alone
+            if thorough and "avx512bf16" in available_isas():
+                found = cpu_kernels.machine_limits(threads)
+                reading, multiplying = max(reading, found[0]), max(multiplying, found[1])
+    return Limits(reading, multiplying, watch.cores)
 
 
 def _best(call: Callable[[], object], repeat: int) -> float:
@@ -121,4 +142,4 @@ def _best(call: Callable[[], object], repeat: int) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure())))
+    print(json.dumps(asdict(measure(int(sys.argv[1]), thorough="--quick" not in sys.argv))))

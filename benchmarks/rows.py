@@ -49,6 +49,7 @@ class Setup:
     vllm_python: str | None = None
     llamacpp_server: str | None = None
     llamacpp_gguf: str | None = None
+    runners_started: set[str] = field(default_factory=set)  # engines other than those with a command
 
     def missing(self, engine: str) -> str | None:
         """Why this engine cannot be measured here; None if it can."""
@@ -96,7 +97,7 @@ def pieces(setup: Setup, row: str, engine: str) -> Iterator[Piece]:
         variant = "static_16" if static else "batch"
         yield piece(variant, "complete", work.batch(), kv_bytes=MEMORY_ROW_KV)
     elif row == "startup":
-        yield Piece(row, "warm", engine, lambda: _started(_start(setup, engine)))
+        yield Piece(row, "warm", engine, _WarmStart(setup, engine))
         if engine == "octavo":
             first = startup.first_start
             yield Piece(
@@ -146,7 +147,10 @@ def _runner(setup: Setup, engine: str, job: dict[str, Any]) -> Finished:
         assert setup.vllm_python is not None
         python = setup.vllm_python
     command = [python, "-m", f"benchmarks.engines.run_{engine}"]
-    return run_child(command, setup.root, setup.env, json.dumps(job), setup.timeout)
+    finished = run_child(command, setup.root, setup.env, json.dumps(job), setup.timeout)
+    if engine not in ("octavo", "transformers"):
+        setup.runners_started.add(engine)
+    return finished
 
 
 def _measured(finished: Finished) -> tuple[Run, str]:
@@ -161,8 +165,23 @@ def _run_brain(setup: Setup) -> tuple[Run, str]:
     return _measured(_runner(setup, "brain", {"engine": options}))
 
 
+class _WarmStart:
+    """Starts of one engine; the first one warms the caches and is not measured.
+
+    The runner of vLLM and llama.cpp is the same in all rows: where one ran before, that was it.
+    """
+
+    def __init__(self, setup: Setup, engine: str) -> None:
+        self._setup, self._engine, self._warm = setup, engine, False
+
+    def __call__(self) -> tuple[Run, str]:
+        if not self._warm and self._engine not in self._setup.runners_started:
+            _start(self._setup, self._engine)
+        self._warm = True
+        return _started(_start(self._setup, self._engine))
+
+
 def _start(setup: Setup, engine: str) -> Finished:
-    """One warm start."""
     if engine == "octavo":
         command = startup.octavo_command(setup.model)
     elif engine == "transformers":

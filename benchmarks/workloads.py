@@ -150,8 +150,8 @@ class Workloads:
         return Work([Request(prompt, self.sizes.rewrite_out)], [Request(warmup, 4)])
 
     def _tokens(self, length: int, rng: random.Random) -> list[int]:
-        """Exactly `length` tokens of shuffled sentences."""
-        ids: list[int] = []
+        """Exactly `length` tokens: a number, so that no two texts begin alike, and shuffled sentences."""
+        ids = self._tokenizer.encode(f"{rng.randrange(10**6):06}. ", add_special_tokens=False)
         while len(ids) < length:
             text = " ".join(rng.sample(SENTENCES, len(SENTENCES))) + " "
             ids += self._tokenizer.encode(text, add_special_tokens=False)

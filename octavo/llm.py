@@ -214,7 +214,7 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Step until all requests of this call have ended; what is abandoned is aborted."""
         engine = self._engine_parts().engine
-        bar = _progress_bar(len(done)) if use_tqdm else None
+        bar = _progress_bar(len(done)) if use_tqdm and done else None
         unfinished = set(order)
         num_tokens = 0
         try:

@@ -85,8 +85,21 @@ class _SamplingOption(SectionOption):
     section = "Sampling"
 
 
+# Shorter ways to say --speculative-config: key of `speculative` -> (flag, type, help).
+_SPECULATIVE: dict[str, tuple[str, Any, str]] = {
+    "method": ("--speculative-method", str, "prompt_lookup, predicted, or package.module:Class"),
+    "model": ("--draft", str, "draft model"),
+    "num_speculative_tokens": ("--num-speculative-tokens", str, 'drafts a step: "auto", or 0 to 16 [auto]'),
+}
+
+
 def engine_options(function: Function) -> Function:
     """Give a command one flag for each field of EngineArgs but the model; see `engine_kwargs`."""
+    for key, (flag, kind, text) in reversed(_SPECULATIVE.items()):
+        option = click.option(
+            flag, f"speculative_{key}", type=kind, default=None, help=text, cls=_EngineOption
+        )
+        function = option(function)
     for field in reversed(fields(EngineArgs)):
         if field.name != "model":
             function = _engine_option(field)(function)
@@ -125,6 +138,18 @@ def engine_kwargs(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]
         for name, value in given.items()
         if name.startswith("engine_") and value is not None
     }
+    speculative = {
+        key: given[f"speculative_{key}"] for key in _SPECULATIVE if given.get(f"speculative_{key}")
+    }
+    if speculative:
+        if "speculative" in kwargs:
+            raise click.UsageError("give either --speculative-config or the flags it is made of")
+        count = speculative.get("num_speculative_tokens", "auto")
+        if count.isdigit():
+            speculative["num_speculative_tokens"] = int(count)
+        if "model" in speculative:
+            speculative.setdefault("method", "draft_model")
+        kwargs["speculative"] = speculative
     return kwargs if model is None else {"model": model, **kwargs}
 
 

@@ -7,10 +7,12 @@ A single request shows few tokens, so its rates lean on what all requests with t
 (`SharedAcceptance`), in two steps. First the request as a whole is compared with the others: if it
 accepts more than they would have at the same positions, the odds of *all* its positions rise. Then
 each position's own counts are added to that expectation. Both are pseudo-counts of a beta
-distribution, and all counts decay, because texts change. How much a request must show before it
-counts as different is learned too: where requests really differ, or one has just changed, little;
-where what looks like a difference is luck, much. Else the drafts of the lucky would be chosen, and
-luck does not last.
+distribution, and all counts decay, because texts change.
+
+How fast they decay and how much the others weigh is not for us to know: where requests are alike,
+a difference is luck and should weigh little, else the drafts of the lucky are chosen, and luck does
+not last; where they differ or change, their own last steps are the best guide. So several `_VIEWS`
+forecast each step, and the one that has forecast best is believed.
 
 A lookup drafter often finds nothing. That is counted apart, as the chance of a match: the rates
 above hold for the steps in which it found something. A draft that was asked for and not made,
@@ -19,27 +21,31 @@ though earlier ones were, counts as refused: its row was planned and brought not
 
 from __future__ import annotations
 
+from math import log
+
 MAX_DRAFTS = 16  # a request and step
-_OWN_DECAY = 0.94  # a step; about the last 16 steps count
+NEGLIGIBLE = 0.025  # drafts with less than this chance are not worth thinking about
+
+_FAST, _SLOW = 0.75, 0.94  # what a step's counts keep of the ones before; 4 and 16 steps are remembered
+# (memory, pseudo-counts of "like the others" against the request's own record)
+_VIEWS = ((0, 2.0), (0, 6.0), (1, 4.0), (1, 15.0), (1, 80.0))
+_DECAYS = (_FAST, _SLOW)
+_SCORE_DECAY = 0.985  # a forecast
+_FIRST_VIEW = 2
+_POSITION_WEIGHT = 6.0  # at least; pseudo-counts of a position's expectation against its own counts
+_MATCH_WEIGHT = 4.0  # the same for the chance of a match
 _MAX_STEPS_DECAYED = 4  # for one observation, however long ago the last one was
 _SHARED_DECAY = 0.998  # an observation; about the last 500 count
-_POSITION_WEIGHT = 8.0  # at least; pseudo-counts of a position's expectation against its own counts
-_MIN_WEIGHT, _MAX_WEIGHT = 3.0, 60.0  # pseudo-counts of "like the others" against the own record
-_MATCH_WEIGHT = 4.0  # the same for the chance of a match
-_MOMENTS_DECAY = 0.97  # a fold
-_SURPRISE = 8.0  # squared deviations beyond which a request must have changed
-_KEPT_AFTER_CHANGE = 0.1  # of its record
 _START_WEIGHT = 2.0  # pseudo-counts of the rates assumed before anything was seen
 _START_RATE = 0.65
 _START_MATCH = 0.8
-NEGLIGIBLE = 0.025  # drafts with less than this chance are not worth thinking about
 
 
 class SharedAcceptance:
     """What all requests together showed of one drafter: the prior of each of them."""
 
-    __slots__ = ("_excess", "_hits", "_luck", "_match_hits", "_match_trials", "_trials", "changes_last", "match",
-                 "new_hits", "new_match_hits", "new_match_trials", "new_trials", "rates", "weight")  # fmt: skip
+    __slots__ = ("_hits", "_match_hits", "_match_trials", "_scores", "_trials", "match", "new_hits",
+                 "new_match_hits", "new_match_trials", "new_trials", "rates", "view")  # fmt: skip
 
     def __init__(self, rate: float = _START_RATE, match: float = _START_MATCH) -> None:
         self._hits = [0.0] * MAX_DRAFTS
@@ -48,34 +54,36 @@ class SharedAcceptance:
         self._match_trials = _START_WEIGHT
         self.rates = [rate] * MAX_DRAFTS  # conditional, by position
         self.match = match
-        # Pseudo-counts by which a request is like the others; see `compare`.
-        self.weight = _MIN_WEIGHT
-        self._luck = self._excess = 0.0
-        self.changes_last = 0.5  # above 0: what looks like a change usually is one
         self._hits[0] = rate * _START_WEIGHT
         self._trials[0] = _START_WEIGHT
+        self._scores = [0.0] * len(_VIEWS)  # log-likelihood of what came
+        self.view = _FIRST_VIEW
         # Filled by RequestAcceptance.fold, taken in by `refresh`.
         self.new_hits = [0] * MAX_DRAFTS
         self.new_trials = [0] * MAX_DRAFTS
         self.new_match_hits = 0
         self.new_match_trials = 0
 
-    def compare(self, got: float, expected: float, trials: float) -> None:
-        """Of one request: accepted, expected from the others' rates, tried. Learns `weight`.
+    def judge(
+        self, got: int, tried: int, usual: float, records: tuple[tuple[float, float], tuple[float, float]]
+    ) -> None:
+        """Score the views by how well each would have forecast `got` accepted of `tried` drafts.
 
-        By moments: the squared difference beyond what luck explains is what requests differ by.
+        `usual` is what the others would have accepted; `records` holds, for each memory, what the
+        request had accepted before and what the others would have.
         """
-        if trials <= 0.0:
-            return
-        mean = expected / trials
-        variance = max(0.005, mean * (1.0 - mean))
-        difference = got - expected
-        self._luck = self._luck * _MOMENTS_DECAY + variance * trials * trials
-        self._excess = self._excess * _MOMENTS_DECAY + difference * difference - trials * variance
-        if self._excess * _MAX_WEIGHT <= self._luck:
-            self.weight = _MAX_WEIGHT
-        else:
-            self.weight = max(_MIN_WEIGHT, self._luck / self._excess)
+        mean = usual / tried
+        refused = tried - got
+        scores, best, view = self._scores, -1e30, self.view
+        for index, (memory, weight) in enumerate(_VIEWS):
+            before, usual_before = records[memory]
+            forecast = mean * (before + weight * mean) / (usual_before + weight * mean)
+            forecast = min(0.98, max(0.02, forecast))
+            score = _SCORE_DECAY * scores[index] + got * log(forecast) + refused * log(1.0 - forecast)
+            scores[index] = score
+            if score > best:
+                best, view = score, index
+        self.view = view
 
     def refresh(self) -> None:
         """Take in what the requests have shown since the last time."""
@@ -102,15 +110,15 @@ class SharedAcceptance:
 class RequestAcceptance:
     """What one request showed of one drafter. `record` is cheap; `fold` does the arithmetic."""
 
-    __slots__ = ("_depth", "_hits", "_match_hits", "_match_trials", "_new_rate", "_old_rate", "_rates", "_refused",
-                 "_stopped", "_surprise", "_trials", "_variance", "_weight", "num_folds", "num_pending",
-                 "num_unmatched", "shared", "step")  # fmt: skip
+    __slots__ = ("_depth", "_hits", "_match_hits", "_match_trials", "_records", "_refused", "_step", "_stopped",
+                 "_trials", "num_folds", "num_pending", "num_unmatched", "shared")  # fmt: skip
 
     def __init__(self, shared: SharedAcceptance, step: int = 0) -> None:
         self.shared = shared
-        self.step = step  # of the last fold
         self.num_pending = 0  # steps recorded since the last fold
         self.num_unmatched = 0  # those in which the drafter found nothing
+        self.num_folds = 0
+        self._step = step  # of the last fold
         # Steps by the number of accepted drafts: the next one was refused, or none was left.
         self._refused = [0] * (MAX_DRAFTS + 1)
         self._stopped = [0] * (MAX_DRAFTS + 1)
@@ -119,12 +127,8 @@ class RequestAcceptance:
         self._match_hits = 0.0
         self._match_trials = 0.0
         self._depth = 0  # positions ever tried
-        self._rates = list(shared.rates)  # as estimated last, conditional, by position
-        self._weight = _MAX_WEIGHT  # the most that the others may weigh for this request
-        self._surprise = self._variance = 0.0
-        self._new_rate: float | None = None  # what the last surprise promised
-        self._old_rate = 0.0
-        self.num_folds = 0  # since the start or the last change
+        # For each memory: drafts accepted, and what the others would have accepted of the same.
+        self._records = ((0.0, 0.0), (0.0, 0.0))
 
     def record(self, asked: int, drafted: int, accepted: int) -> None:
         """One verified step: drafts asked for, really made, and accepted."""
@@ -141,70 +145,42 @@ class RequestAcceptance:
     def fold(self, step: int) -> None:
         """Take what was recorded into the decayed counts, the request's and the shared ones."""
         shared = self.shared
-        elapsed = min(step - self.step, _MAX_STEPS_DECAYED * self.num_pending)
-        decay = _OWN_DECAY**elapsed
-        self.step = step
+        elapsed = min(step - self._step, _MAX_STEPS_DECAYED * self.num_pending)
+        keeps_fast, keeps_slow = _FAST**elapsed, _SLOW**elapsed
+        keeps = keeps_slow if _VIEWS[shared.view][0] else keeps_fast
+        self._step = step
+        self.num_folds += 1
         matched = self.num_pending - self.num_unmatched
-        self._match_hits = self._match_hits * decay + matched
-        self._match_trials = self._match_trials * decay + self.num_pending
+        self._match_hits = self._match_hits * keeps_slow + matched
+        self._match_trials = self._match_trials * keeps_slow + self.num_pending
         shared.new_match_hits += matched
         shared.new_match_trials += self.num_pending
+        self.num_pending = self.num_unmatched = 0
+        if not matched:
+            return
         hits, trials, refused, stopped = self._hits, self._trials, self._refused, self._stopped
-        passed = 0  # steps that accepted the draft at `position`
-        got, wanted, variance, num_tried = 0, 0.0, 0.0, 0
-        new: list[tuple[int, int, int]] = []  # position, accepted, tried
+        rates = shared.rates
+        passed = got = num_tried = 0
+        usual = 0.0
         for position in range(self._depth - 1, -1, -1):
-            passed += refused[position + 1] + stopped[position + 1]
+            passed += refused[position + 1] + stopped[position + 1]  # steps that accepted this one
             tried = passed + refused[position]
+            hits[position] = hits[position] * keeps + passed
+            trials[position] = trials[position] * keeps + tried
             if tried:
-                rate = self._rates[position]
-                new.append((position, passed, tried))
+                shared.new_hits[position] += passed
+                shared.new_trials[position] += tried
                 got += passed
                 num_tried += tried
-                wanted += tried * rate
-                variance += tried * rate * (1.0 - rate)
-        if num_tried and self._has_changed(got, wanted, variance, num_tried):
-            decay *= _KEPT_AFTER_CHANGE
-        for position in range(self._depth):
-            hits[position] *= decay
-            trials[position] *= decay
-        for position, passed, tried in new:
-            hits[position] += passed
-            trials[position] += tried
-            shared.new_hits[position] += passed
-            shared.new_trials[position] += tried
-        seen = sum(trials)
-        if seen:
-            rates = shared.rates
-            shared.compare(sum(hits), sum([t * r for t, r in zip(trials, rates, strict=True)]), seen)
+                usual += tried * rates[position]
+        shared.judge(got, num_tried, usual, self._records)
+        (fast, fast_usual), (slow, slow_usual) = self._records
+        self._records = (
+            (fast * keeps_fast + got, fast_usual * keeps_fast + usual),
+            (slow * keeps_slow + got, slow_usual * keeps_slow + usual),
+        )
         self._refused = [0] * (MAX_DRAFTS + 1)
         self._stopped = [0] * (MAX_DRAFTS + 1)
-        self.num_pending = self.num_unmatched = 0
-
-    def _has_changed(self, got: int, wanted: float, variance: float, num_tried: int) -> bool:
-        """True if what came is too far from what was expected to be luck.
-
-        Where texts alternate fast, a surprise says nothing about what comes next; so it counts only
-        as long as, after surprises, "it goes on like this" has been the better guess.
-        """
-        shared = self.shared
-        if self._new_rate is not None:
-            like_this = abs(got - self._new_rate * num_tried)
-            shared.changes_last += 0.1 * ((like_this < abs(got - self._old_rate * num_tried)) - 0.5 - shared.changes_last)
-            self._new_rate = None
-        self._surprise = 0.5 * self._surprise + got - wanted
-        self._variance = 0.5 * self._variance + variance
-        if self._surprise**2 <= _SURPRISE * (self._variance + 0.25):
-            self._weight = min(_MAX_WEIGHT, 1.1 * self._weight)
-            self.num_folds += 1
-            return False
-        self._new_rate, self._old_rate = got / num_tried, wanted / num_tried
-        self._surprise = self._variance = 0.0
-        if shared.changes_last < 0.0:
-            return False
-        self._weight = _MIN_WEIGHT
-        self.num_folds = 0
-        return True
 
     @property
     def match(self) -> float:
@@ -217,16 +193,16 @@ class RequestAcceptance:
 
         Ends where the chance is negligible.
         """
-        rates, hits, trials = self.shared.rates, self._hits, self._trials
-        depth = self._depth
-        got = seen = expected = 0.0
+        shared = self.shared
+        rates, hits, trials, depth = shared.rates, self._hits, self._trials, self._depth
+        _, weight = _VIEWS[shared.view]
+        usual = got = seen = 0.0
         for position in range(depth):
             count = trials[position]
             got += hits[position]
             seen += count
-            expected += count * rates[position]
-        like_others = (expected + rates[0]) / (seen + 1.0)
-        weight = min(self._weight, self.shared.weight)
+            usual += count * rates[position]
+        like_others = (usual + rates[0]) / (seen + 1.0)
         own = (got + weight * like_others) / (seen + weight)
         odds = own * (1.0 - like_others) / ((1.0 - own) * like_others)
         weight = max(_POSITION_WEIGHT, weight)
@@ -237,7 +213,6 @@ class RequestAcceptance:
             rate = odds * rate / (1.0 - rate + odds * rate)
             if position < depth:
                 rate = (hits[position] + weight * rate) / (trials[position] + weight)
-            self._rates[position] = rate
             chance *= rate
             if chance < NEGLIGIBLE:
                 break

@@ -188,7 +188,12 @@ class DraftPolicy(Protocol):
     """The seam of the scheduler: one `plan` a step that samples, one `observe` a step that was read."""
 
     def add(
-        self, request_id: str, *, lookup: str | None = None, model: str | None = None, fixed: int | None = None
+        self,
+        request_id: str,
+        *,
+        lookup: str | None = None,
+        model: str | None = None,
+        fixed: int | None = None,
     ) -> DraftState: ...
 
     def plan(self, facts: StepFacts) -> DraftPlan: ...
@@ -278,7 +283,12 @@ class DraftBudget:
     # ------------------------------------------------------------------ requests
 
     def add(
-        self, request_id: str, *, lookup: str | None = None, model: str | None = None, fixed: int | None = None
+        self,
+        request_id: str,
+        *,
+        lookup: str | None = None,
+        model: str | None = None,
+        fixed: int | None = None,
     ) -> DraftState:
         """A new request with its drafters' names: a free one, a draft model, both or none."""
         state = DraftState(request_id, self._acceptance(lookup), self._acceptance(model), fixed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -356,6 +356,8 @@ def _fill_masks(matcher: Matcher, drafts: list[int], masks: npt.NDArray[np.int32
 
 def failed_output(request_id: str, prompt: PromptInput, error: RequestError) -> RequestOutput:
     """The output of a request that could not be served at all."""
-    text = prompt if isinstance(prompt, str) else None
+    given = prompt.get("prompt", prompt.get("prompt_token_ids")) if isinstance(prompt, Mapping) else prompt
+    text = given if isinstance(given, str) else None
+    ids = list(given) if isinstance(given, Sequence) and text is None else []
     completion = CompletionOutput(index=0, finish_reason="error", error=str(error))
-    return RequestOutput(request_id, text, [], outputs=[completion], finished=True)
+    return RequestOutput(request_id, text, ids, outputs=[completion], finished=True)

@@ -127,6 +127,9 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
     else:
         kv = left
     num_blocks = kv // asked.block_bytes
+    if asked.kv_cache_memory is None:  # more than all requests at their longest is never used
+        longest = asked.max_model_len if asked.max_model_len is not None else asked.model_max_len
+        num_blocks = min(num_blocks, asked.max_num_seqs * -(-longest // asked.block_size))
     kv_tokens = num_blocks * asked.block_size
     wanted = asked.max_model_len if asked.max_model_len is not None else min(asked.model_max_len, kv_tokens)
     if wanted > kv_tokens or wanted < 2:
@@ -147,13 +150,19 @@ def allocate_kv_caches(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """One KV cache a layer. Pages are touched when they are first used."""
+    """One KV cache a layer, zeros. On a CPU a page takes memory only once it is used."""
+    import numpy as np
     import torch
 
-    return [
-        torch.zeros(backend.kv_cache_shape(num_blocks, block_size, spec), dtype=dtype, device=device)
-        for spec in specs
-    ]
+    caches = []
+    for spec in specs:
+        shape = backend.kv_cache_shape(num_blocks, block_size, spec)
+        if device.type == "cpu":  # torch.zeros writes every page; numpy gets untouched ones from the system
+            raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            caches.append(torch.from_numpy(raw).view(dtype).view(shape))
+        else:
+            caches.append(torch.zeros(shape, dtype=dtype, device=device))
+    return caches
 
 
 def kv_block_bytes(

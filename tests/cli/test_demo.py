@@ -52,10 +52,14 @@ def test_the_demo_shows_answer_and_ceiling(
     write_header(tmp_path / "model.safetensors", {"model.norm.weight": [1_000_000]})
     fake_llm.model_path = str(tmp_path)
     monkeypatch.setattr(platform, "memory_bandwidth_probe", lambda: 10.0)
+    rates = {0: 100.0, "auto": 250.0}
+    monkeypatch.setattr(demo, "rewrite", lambda llm, drafts: ([1, 2], rates[drafts]))
     assert main(["m", "--prompt", "hello"], demo.command) == 0
     out, err = capsys.readouterr()
     assert "one two three\n" in out
     assert "this machine reads 10.0 GB/s; one token reads 2 MB of weights: at best 5000.0 tok/s" in out
     assert "reached: " in out
+    assert "100 tok/s plainly, 250 tok/s with the text itself as drafter (2.5x), the same tokens" in out
     assert "3 tokens in" in err
-    assert fake_llm.made[0].kwargs == {"model": "m", "dtype": "bfloat16"}
+    speculative = {"method": "prompt_lookup", "num_speculative_tokens": "auto"}
+    assert fake_llm.made[0].kwargs == {"model": "m", "dtype": "bfloat16", "speculative": speculative}

@@ -70,6 +70,17 @@ def test_engine_values_have_their_types() -> None:
     }
 
 
+def test_speculation_has_flags_of_its_own() -> None:
+    given = parse("--speculative-method", "prompt_lookup", "--num-speculative-tokens", "4")
+    assert options.engine_kwargs(None, given) == {
+        "speculative": {"method": "prompt_lookup", "num_speculative_tokens": 4}
+    }
+    given = parse("--draft", "tiny")
+    assert options.engine_kwargs(None, given) == {"speculative": {"model": "tiny", "method": "draft_model"}}
+    with pytest.raises(click.UsageError, match="either"):
+        options.engine_kwargs(None, parse("--draft", "x", "--speculative-config", "{}"))
+
+
 def test_engine_kwargs_make_engine_args() -> None:
     given = parse("--max-model-len", "512", "--kv-cache-memory", "1GB")
     args = EngineArgs.from_kwargs(**options.engine_kwargs("m", given))

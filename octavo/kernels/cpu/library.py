@@ -68,7 +68,7 @@ class CpuLibrary:
 
     def function(self, name: str, restype: Any, argtypes: Sequence[Any]) -> Callable[..., Any]:
         """The C function `name` of this level, with its signature declared."""
-        pointer = getattr(self._shared, f"{name}__{self.isa}")
+        pointer = _symbol(self._shared, f"{name}__{self.isa}")
         pointer.restype = restype
         pointer.argtypes = list(argtypes)
         return pointer  # type: ignore[no-any-return]
@@ -99,9 +99,19 @@ def _shared_library() -> ctypes.CDLL:
     return shared
 
 
+def _symbol(shared: ctypes.CDLL, name: str) -> Any:
+    try:
+        return getattr(shared, name)
+    except AttributeError:
+        raise CpuLibraryError(
+            f"the CPU kernels are older than this code: {name} is missing. Build them again with "
+            "`python -m octavo.kernels.cpu.build`."
+        ) from None
+
+
 def shared_function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callable[..., Any]:
     """A C function that is built once and serves every level."""
-    pointer = getattr(_shared_library(), name)
+    pointer = _symbol(_shared_library(), name)
     pointer.restype = restype
     pointer.argtypes = list(argtypes)
     return pointer  # type: ignore[no-any-return]
