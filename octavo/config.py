@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -152,7 +154,7 @@ class EngineArgs:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f". Options: {', '.join(names)}"
                 raise ConfigError(f"unknown option {name}{hint}")
-        return cls(**kwargs)
+        return cls(**{name: _plain(value) for name, value in kwargs.items()})
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -205,6 +207,15 @@ class EngineArgs:
             raise NotInThisVersionError(f"quantization={self.quantization!r}")
         if self.enable_lora or self.lora_configs:
             raise NotInThisVersionError("LoRA (enable_lora, lora_configs)")
+
+
+def _plain(value: Any) -> Any:
+    """Paths as texts, numpy's whole numbers as ints."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (bool, int)):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 _NONE = type(None)

@@ -9,12 +9,16 @@ llm.shutdown()
 from __future__ import annotations
 
 import itertools
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from octavo.config import EngineArgs
-from octavo.engine.engine import failed_output
+from octavo.engine.engine import Engine, PreparedRequest, failed_output
 from octavo.engine.inputs import PromptInput, prompt_list
 from octavo.engine.request_state import OutputKind
 from octavo.engine.setup import EngineParts, build_engine
@@ -40,6 +44,7 @@ class LLM:
         self._parts: EngineParts | None = build_engine(args)
         self.model_path = str(self._parts.model_path)
         self._ids = itertools.count()
+        self._sinks: dict[str, deque[RequestOutput]] = {}  # request id -> who waits for its outputs
 
     # ------------------------------------------------------------------ generate
 
@@ -108,6 +113,12 @@ class LLM:
         set, is the rest of the context. Returns and raises what `generate` does.
         """
         conversations: list[Any]
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+            raise RequestError(
+                'messages must be a list of {"role": …, "content": …}, or a list of such lists, '
+                f"not {type(messages).__name__}",
+                "messages",
+            )
         single = not messages or isinstance(messages[0], Mapping)
         conversations = [messages] if single else list(messages)
         params = self._params_list(sampling_params, len(conversations))
@@ -165,9 +176,13 @@ class LLM:
             return [SamplingParams().with_defaults(self._engine_parts().generation_defaults)] * count
         if isinstance(given, SamplingParams):
             return [given] * count
-        if isinstance(given, (str, Mapping)) or not all(isinstance(p, SamplingParams) for p in given):
+        found: Any = given
+        is_list = isinstance(found, Sequence) and not isinstance(found, str)
+        if not is_list or not all(isinstance(p, SamplingParams) for p in found):
             raise RequestError(
-                "sampling_params must be a SamplingParams or a list of them", "sampling_params"
+                "sampling_params must be a SamplingParams or a list of them, such as "
+                f"SamplingParams(temperature=0, max_tokens=64); not {type(found).__name__}",
+                "sampling_params",
             )
         if len(given) != count:
             raise RequestError(
@@ -186,61 +201,111 @@ class LLM:
         *,
         add_special_tokens: bool,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        kind: OutputKind = "cumulative" if stream else "final"
-        order: dict[str, int] = {}
-        done: list[RequestOutput | None] = [None] * len(prompts)
         engine = self._engine_parts().engine
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            request_id = str(next(self._ids))
+        work: list[PreparedRequest | RequestOutput] = []
+        for prompt, one in zip(prompts, params, strict=True):
             try:
                 if isinstance(prompt, RequestError):
                     raise prompt
-                engine.add_request(request_id, prompt, one, kind, add_special_tokens=add_special_tokens)
-                order[request_id] = index
+                if stream and one.best_of is not None:
+                    raise RequestError("best_of cannot stream: which answers are best is known at the end")
+                work.append(engine.read_request(prompt, one, add_special_tokens=add_special_tokens))
             except RequestError as error:
                 if single:
                     raise
                 shown: PromptInput = "" if isinstance(prompt, RequestError) else prompt
-                done[index] = failed_output(request_id, shown, error)
-        outputs = self._drive(order, done, use_tqdm and not stream)
+                work.append(failed_output(str(next(self._ids)), shown, error))
         if stream:
-            return outputs
-        for _ in outputs:
+            return self._drive(work, "cumulative", None)
+        done: list[RequestOutput | None] = [None] * len(work)
+        bar = _progress_bar(len(work)) if use_tqdm and work else None
+        for _ in self._drive(work, "final", bar, done):
             pass
         return [output for output in done if output is not None]
 
     def _drive(
-        self, order: dict[str, int], done: list[RequestOutput | None], use_tqdm: bool
+        self,
+        work: list[PreparedRequest | RequestOutput],
+        kind: OutputKind,
+        bar: tqdm[Any] | None,
+        done: list[RequestOutput | None] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Step until all requests of this call have ended; what is abandoned is aborted."""
+        """Admit the requests, step until all have ended, yield what comes; what is abandoned is aborted.
+
+        Several of these may be open at once and step the engine in turn: every output goes to the one
+        that its request belongs to.
+        """
         engine = self._engine_parts().engine
-        bar = _progress_bar(len(done)) if use_tqdm and done else None
-        unfinished = set(order)
+        mine: deque[RequestOutput] = deque()
+        order: dict[str, int] = {}
         num_tokens = 0
         try:
-            yield from [output for output in done if output is not None]
-            if bar is not None:
-                bar.update(len(done) - len(unfinished))
-            while unfinished:
-                for output in engine.step():
-                    if output.request_id not in unfinished:
-                        continue
-                    if output.finished:
-                        unfinished.discard(output.request_id)
-                        done[order[output.request_id]] = output
-                        if bar is not None:
-                            num_tokens += sum(len(o.token_ids) for o in output.outputs)
-                            bar.update(1)
-                            bar.set_postfix_str(f"{num_tokens / bar.format_dict['elapsed']:.0f} tok/s")
-                    yield output
+            for index, item in enumerate(work):
+                if isinstance(item, RequestOutput):
+                    order[item.request_id] = index
+                    mine.append(item)
+                    continue
+                request_id = str(next(self._ids))
+                engine.admit(request_id, item, kind)
+                order[request_id] = index
+                self._sinks[request_id] = mine
+            while order:
+                if not mine:
+                    self._step(engine)
+                    continue
+                output = mine.popleft()
+                if output.finished:
+                    index = order.pop(output.request_id)
+                    self._sinks.pop(output.request_id, None)
+                    if done is not None:
+                        done[index] = output
+                    if bar is not None:
+                        num_tokens += sum(len(o.token_ids) for o in output.outputs)
+                        bar.update(1)
+                        bar.set_postfix_str(f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+                yield output
         finally:
-            for request_id in unfinished:
+            for request_id in order:
+                self._sinks.pop(request_id, None)
                 engine.abort(request_id)
             # The last steps may hold what has just ended: read them, so that nothing stays behind.
             while engine.num_unfinished == 0 and engine.has_work():
                 engine.step()
             if bar is not None:
                 bar.close()
+
+    def _step(self, engine: Engine) -> None:
+        """One step; its outputs go to whoever waits for them. Ctrl-C waits for its end."""
+        with _interrupt_later():
+            outputs = engine.step()
+        if not outputs and not engine.has_work():
+            raise EngineDeadError(
+                "the engine has nothing to do, and a request has not ended; please report it"
+            )
+        for output in outputs:
+            sink = self._sinks.get(output.request_id)
+            if sink is not None:
+                sink.append(output)
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """A Ctrl-C inside raises KeyboardInterrupt at the end, so that no step is torn in the middle.
+
+    Only in the main thread, and only where Python's own handler is in place.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _progress_bar(total: int) -> tqdm[Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -397,3 +400,89 @@ def test_dummy_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
 def test_dtypes(folder: Path, dtype: str) -> None:
     with LLM(str(folder), dtype=dtype, kv_cache_memory="8MB") as llm:
         assert len(generate(llm, "the", temperature=0, ignore_eos=True).token_ids) == 12
+
+
+# ---------------------------------------------------------------------- several at once, interrupted
+
+
+def test_streams_open_at_once_each_get_their_own(llm: LLM) -> None:
+    alone = [llm.generate(text, GREEDY, use_tqdm=False)[0].outputs[0].token_ids for text in ("a", "the")]
+    first, second = llm.generate("a", GREEDY, stream=True), llm.generate("the", GREEDY, stream=True)
+    last: dict[str | None, list[int]] = {}
+    for one, other in zip(first, second, strict=True):
+        last[one.prompt], last[other.prompt] = one.outputs[0].token_ids, other.outputs[0].token_ids
+    assert [last["a"], last["the"]] == alone
+
+
+def test_a_call_inside_a_stream(llm: LLM) -> None:
+    stream = llm.generate("a", GREEDY, stream=True)
+    next(stream)
+    (inner,) = llm.generate("the", GREEDY, use_tqdm=False)
+    assert len(inner.outputs[0].token_ids) == 12
+    assert list(stream)[-1].finished
+
+
+def test_a_stream_that_is_never_started_costs_nothing(llm: LLM) -> None:
+    llm.generate("a", GREEDY, stream=True)
+    assert llm._engine_parts().engine.num_unfinished == 0
+
+
+def test_an_exception_in_a_step_ends_the_engine_and_is_named(folder: Path) -> None:
+    with LLM(str(folder), kv_cache_memory="8MB") as llm:
+        engine = llm._engine_parts().engine
+
+        def burn(out: object) -> None:
+            raise RuntimeError("the device burns")
+
+        engine.executor.launch = burn  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="burns"):
+            llm.generate("a", GREEDY, use_tqdm=False)
+        with pytest.raises(EngineDeadError, match="burns"):
+            llm.generate("a", GREEDY, use_tqdm=False)
+
+
+def test_an_interrupt_leaves_the_engine_usable(llm: LLM) -> None:
+    engine = llm._engine_parts().engine
+    launch = engine.executor.launch
+
+    def interrupted(out: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        launch(out)
+
+    engine.executor.launch = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("a", GREEDY, use_tqdm=False)
+    engine.executor.launch = launch  # type: ignore[method-assign]
+    assert engine.num_unfinished == 0
+    assert len(generate(llm, "a", temperature=0, ignore_eos=True).token_ids) == 12
+
+
+def test_wrong_types_are_clear_errors(llm: LLM) -> None:
+    assert "SamplingParams" in refused(llm, "a", 5)
+    messages: list[Any] = ["hello", {"role": "user", "content": "hi"}, 5]
+    for wrong in messages:
+        with pytest.raises(RequestError, match="messages must be a list"):
+            llm.chat(wrong, GREEDY)
+
+
+def test_paths_and_numpy_numbers_are_options(folder: Path) -> None:
+    options: dict[str, Any] = {"max_num_seqs": np.int64(3), "kv_cache_memory": "8MB"}
+    with LLM(folder, **options) as llm:  # type: ignore[arg-type]
+        assert len(generate(llm, "a", temperature=0, ignore_eos=True).token_ids) == 12
+
+
+def test_prompt_logprobs_with_several_samples_are_computed_once(llm: LLM) -> None:
+    params = SamplingParams(n=3, prompt_logprobs=0, max_tokens=2, seed=1)
+    (output,) = llm.generate("the cat and the hat", params, use_tqdm=False)
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+
+
+def test_statistics_are_logged_where_asked_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(str(folder), kv_cache_memory="8MB", disable_log_stats=False) as llm:
+        engine = llm._engine_parts().engine
+        assert engine._log is not None
+        engine._log._interval = 0.0
+        with caplog.at_level(logging.INFO, logger="octavo"):
+            llm.generate("the", GREEDY, use_tqdm=False)
+    assert any("preemptions 0" in record.message for record in caplog.records)

@@ -61,7 +61,8 @@ def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
         prompts = ("-",)
     if prompts.count("-") > 1:
         raise click.UsageError("--prompt - reads all of stdin, so it can be given once only.")
-    return [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    # The newline that ends a piped text is not part of the prompt.
+    return [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
 
 
 def _stream_one(llm: LLM, prompt: str, params: SamplingParams | None, stats: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from octavo.config import EngineArgs
+from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -216,7 +217,7 @@ def _sampling_option(name: str, kind: Any, text: str) -> Callable[[Function], Fu
 def sampling_params(given: Mapping[str, Any]) -> SamplingParams | None:
     """The SamplingParams a command's parameters ask for; None if none was given.
 
-    Raises RequestError for an illegal value.
+    Raises click.UsageError for an illegal value.
     """
     values = {
         name.removeprefix("sampling_"): value
@@ -225,4 +226,7 @@ def sampling_params(given: Mapping[str, Any]) -> SamplingParams | None:
     }
     if "logit_bias" in values:
         values["logit_bias"] = dict(values["logit_bias"])
-    return SamplingParams(**values) if values else None
+    try:
+        return SamplingParams(**values) if values else None
+    except RequestError as error:
+        raise click.UsageError(str(error)) from None

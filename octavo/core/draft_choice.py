@@ -13,11 +13,12 @@ may have both: the lookup where it matches, the model otherwise.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from octavo.core.acceptance import MAX_DRAFTS
+from octavo.core.cost_model import CostModel
 
 LEVELS = 40
 _HOPELESS = 0.9  # of the best rate: a walk that has fallen so low does not come back
@@ -53,7 +54,7 @@ NOTHING = Curve()
 class Candidate(Protocol):
     """A request as seen from here: `free` holds without a draft pass, `passed` where one is made.
 
-    Without a draft model the two are the same curve, without a lookup `free` is empty.
+    Without a draft model the two are the same object, without a lookup `free` is empty.
     """
 
     free: Curve
@@ -68,6 +69,72 @@ def expected(candidate: Candidate, count: int, passes: int) -> tuple[float, floa
     free = candidate.free
     gain = passed.gain(passes) + free.gain(count) - free.gain(passes)
     return gain, passed.rows * passes + free.rows * (count - passes)
+
+
+class Economy:
+    """What a step costs, and what it brings with so many drafts.
+
+    `base_tokens` and `base_rows` are there whatever is chosen: one a request, and drafts of a fixed
+    number with their `base_passes`. Where the step also computes a prompt's chunk, the seconds that
+    the chunk adds to a plain step are left out. `trust` is the part of the expected tokens that can
+    be counted on, `drafting_seconds` what drafting costs besides its passes.
+    """
+
+    __slots__ = ("_chunk_rows", "_chunk_seconds", "_kv_tokens", "_target", "base_passes", "base_rows",
+                 "base_tokens", "drafting_seconds", "edges", "max_rows", "pass_seconds", "plain_rate",
+                 "plain_seconds", "trust")  # fmt: skip
+
+    def __init__(
+        self,
+        target: CostModel,
+        *,
+        batch: int,
+        kv_tokens: int,
+        chunk_rows: int,
+        max_rows: int,
+        pass_seconds: float,
+        drafting_seconds: float,
+        trust: float,
+        fixed: Sequence[tuple[float, float, int]] = (),  # tokens, rows and passes of fixed drafts
+    ) -> None:
+        self._target = target
+        self._kv_tokens = kv_tokens
+        self._chunk_rows = chunk_rows
+        self._chunk_seconds = 0.0
+        self.plain_seconds = target.seconds(batch, kv_tokens)
+        if chunk_rows:
+            self._chunk_seconds = target.seconds(chunk_rows + batch, kv_tokens) - self.plain_seconds
+        self.base_tokens = batch + sum(tokens for tokens, _, _ in fixed)
+        self.base_rows = batch + sum(rows for _, rows, _ in fixed)
+        self.base_passes = max((passes for _, _, passes in fixed), default=0)
+        self.max_rows = max_rows
+        self.pass_seconds = pass_seconds
+        self.drafting_seconds = drafting_seconds
+        self.trust = trust
+        # Where the seconds bend or jump.
+        self.edges = [edge - chunk_rows for edge in target.edges] if chunk_rows else target.edges
+        self.plain_rate = self.base_tokens / self.seconds(self.base_rows)
+
+    def seconds(self, rows: float) -> float:
+        """A step with so many rows besides the chunk, without drafting."""
+        return self._target.seconds(self._chunk_rows + rows, self._kv_tokens) - self._chunk_seconds
+
+    def drafting(self, passes: int) -> float:
+        """Seconds of making drafts with so many passes; those of fixed numbers are made anyway."""
+        return self.drafting_seconds + max(0, passes - self.base_passes) * self.pass_seconds
+
+    def rate(self, tokens: float, rows: float, passes: int) -> float:
+        """Tokens a second with drafts that are expected to bring `tokens` with `rows`."""
+        if rows <= 0.0:
+            return self.plain_rate
+        seconds = self.seconds(self.base_rows + rows) + self.drafting(passes)
+        return (self.base_tokens + self.trust * tokens) / seconds
+
+    def row_price(self, rows: float, step: float, rate: float) -> float:
+        """What one more draft row costs in tokens, after `rows` (or one less, with step < 0)."""
+        here = self.base_rows + rows
+        there = max(self.base_rows, here + step)
+        return rate * (self.seconds(there) - self.seconds(here)) / step
 
 
 @dataclass(slots=True)
@@ -111,35 +178,22 @@ def _levels(candidate: Candidate, passes: int) -> list[int]:
     return candidate.passed.levels[:passes] + candidate.free.levels[passes:]
 
 
-def choose(
-    candidates: Sequence[Candidate],
-    base_tokens: float,
-    base_rows: int,
-    max_draft_rows: int,
-    seconds: Callable[[float], float],
-    drafting_seconds: float,
-    pass_seconds: float,
-    edges: Sequence[float],
-    passes_now: int = 0,
-) -> Choice:
+def choose(candidates: Sequence[Candidate], economy: Economy, passes_now: int = 0) -> Choice:
     """The choice with the most expected tokens a second.
 
-    `seconds(rows)` is the time of a step without drafting, `drafting_seconds` what drafting adds
-    in any case, `pass_seconds` one pass. `edges` are the numbers of rows where `seconds` bends or
-    jumps. `base_tokens` and `base_rows` are there whatever is chosen. Not every number of passes is
-    tried: those around `passes_now`, the number in force, and a few far from it.
+    Not every number of passes is tried: those around `passes_now`, the number in force, and a few
+    far from it.
     """
     if len(candidates) == 1:
-        return _choose_alone(
-            candidates[0], base_tokens, base_rows, max_draft_rows, seconds, drafting_seconds, pass_seconds
-        )
+        return _choose_alone(candidates[0], economy)
     free = [[0.0] * LEVELS for _ in range(MAX_DRAFTS)]
     passed = [[0.0] * LEVELS for _ in range(MAX_DRAFTS)]
     most_passes = 0
     for candidate in candidates:
         curve = candidate.free
         rows = curve.rows
-        for counts, level in zip(free, curve.levels):  # noqa: B905 - a curve may be shorter
+        # A curve may be shorter than the table.
+        for counts, level in zip(free, curve.levels):  # noqa: B905
             counts[level] += rows
         if candidate.passed is curve:
             for counts, level in zip(passed, curve.levels):  # noqa: B905
@@ -150,70 +204,55 @@ def choose(
             for counts, level in zip(passed, curve.levels):  # noqa: B905
                 counts[level] += curve.rows
     total = [sum(column) for column in zip(*free, strict=True)]
-    best = Choice(0, LEVELS, 0.0, base_tokens / seconds(base_rows))
+    best = Choice(0, LEVELS, 0.0, economy.plain_rate)
     worth_trying = {0, 1, 2, passes_now // 2, passes_now - 1, passes_now, passes_now + 1, 2 * passes_now}
     for passes in range(most_passes + 1):
         if passes:
             added, removed = passed[passes - 1], free[passes - 1]
             total = [t + a - r for t, a, r in zip(total, added, removed, strict=True)]
-        if passes not in worth_trying or not any(total):
-            continue
-        extra = drafting_seconds + passes * pass_seconds
-        found = _walk(total, base_tokens, base_rows, max_draft_rows, seconds, extra, edges)
-        found.passes = passes
-        if found.rate > best.rate:
-            best = found
+        if passes in worth_trying and any(total):
+            found = _walk(total, economy, passes)
+            if found.rate > best.rate:
+                best = found
     return best
 
 
-def _choose_alone(
-    candidate: Candidate,
-    base_tokens: float,
-    base_rows: int,
-    max_draft_rows: int,
-    seconds: Callable[[float], float],
-    drafting_seconds: float,
-    pass_seconds: float,
-) -> Choice:
+def _choose_alone(candidate: Candidate, economy: Economy) -> Choice:
     """With one request each number of drafts can simply be tried."""
-    best = Choice(0, LEVELS, 0.0, base_tokens / seconds(base_rows))
+    best = Choice(0, LEVELS, 0.0, economy.plain_rate, 0)
     has_model = candidate.passed is not candidate.free
     most = max(len(candidate.free.levels), len(candidate.passed.levels))
-    for count in range(1, min(most, max_draft_rows) + 1):
+    for count in range(1, min(most, economy.max_rows) + 1):
         for passes in (0, count) if has_model else (0,):
             tokens, rows = expected(candidate, count, passes)
-            time = seconds(base_rows + rows) + drafting_seconds + passes * pass_seconds
-            rate = (base_tokens + tokens) / time
+            rate = economy.rate(tokens, rows, passes)
             if rate > best.rate:
                 best = Choice(passes, 0, rows, rate, count)
     return best
 
 
-def _walk(
-    rows_at: Sequence[float],
-    base_tokens: float,
-    base_rows: int,
-    max_draft_rows: int,
-    seconds: Callable[[float], float],
-    extra: float,
-    edges: Sequence[float],
-) -> Choice:
-    """From the most probable drafts down. Between two edges the rate has no inner maximum, so
-    only edges and the ends of levels are looked at."""
-    best = Choice(0, LEVELS, 0.0, 0.0)
-    tokens, here, last = base_tokens, float(base_rows), float(base_rows + max_draft_rows)
+def _walk(rows_at: Sequence[float], economy: Economy, passes: int) -> Choice:
+    """From the most probable drafts down.
+
+    Between two edges of the cost the rate has no inner maximum, so only edges and the ends of
+    levels are looked at.
+    """
+    seconds, edges, drafting = economy.seconds, economy.edges, economy.drafting(passes)
+    best = Choice(passes, LEVELS, 0.0, 0.0)
+    tokens, here = economy.base_tokens, float(economy.base_rows)
+    last = here + economy.max_rows
     for level in range(LEVELS - 1, -1, -1):
         count = rows_at[level]
         if count < 1e-9:
             continue
-        chance = (level + 0.5) / LEVELS
+        chance = economy.trust * (level + 0.5) / LEVELS
         end = min(here + count, last)
         index = bisect_right(edges, here)
         while True:
             stop = min(edges[index], end) if index < len(edges) else end
-            rate = (tokens + chance * (stop - here)) / (seconds(stop) + extra)
+            rate = (tokens + chance * (stop - here)) / (seconds(stop) + drafting)
             if rate > best.rate:
-                best = Choice(0, level, stop - here, rate)
+                best = Choice(passes, level, stop - here, rate)
             elif rate < _HOPELESS * best.rate:
                 return best
             if stop >= end:

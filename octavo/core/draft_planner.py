@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from octavo.core.draft_budget import DraftBudget, DraftPlan, DraftState, StepFacts, StepResult
+from octavo.core.draft_budget import DraftBudget
+from octavo.core.draft_plan import DraftPlan, DraftState, StepFacts, StepResult
 from octavo.core.request import Request
 
 

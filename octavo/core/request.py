@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from enum import Enum
 
 from octavo.core.block_pool import Block
-from octavo.core.draft_budget import DraftState
+from octavo.core.draft_plan import DraftState
 from octavo.core.messages import SlotKey
 from octavo.sampling_params import SamplingParams
 
@@ -46,12 +46,13 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decoding", "draft_state",
-        "finish_reason", "generation", "key", "limit", "num_cached_tokens", "num_computed_tokens",
-        "num_inflight_samples", "num_inflight_steps", "num_inflight_tokens", "num_preemptions",
-        "num_prompt_tokens", "num_proposed", "num_registered_blocks", "num_speculative_tokens", "params",
-        "prediction_ids", "prefix_parent", "priority", "read_cache", "request_id", "seed", "slot",
-        "status", "stop_token_ids", "token_ids", "uses_mask",
+        "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decision", "decoding",
+        "draft_state", "finish_reason", "generation", "key", "limit", "num_cached_tokens",
+        "num_computed_tokens", "num_inflight_samples", "num_inflight_steps", "num_inflight_tokens",
+        "num_preemptions", "num_prompt_tokens", "num_proposed", "num_registered_blocks",
+        "num_speculative_tokens", "params", "prediction_ids", "prefix_parent", "priority", "read_cache",
+        "request_id", "seed", "slot", "status", "stop_token_ids", "token_ids", "uses_mask",
+        "verified_decision",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +95,8 @@ class Request:
         self.decoding = False  # the rows that reach the last known token were launched
         self.num_speculative_tokens: int | None = None  # the request's own wish; None: the engine's
         self.draft_state: DraftState | None = None  # the draft budget's
+        self.decision = (0, "")  # with trace: the drafts asked for, and why
+        self.verified_decision = (0, "")  # the same of the step that was launched last
         self.num_proposed = 0  # drafts the last launched step makes at its end
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # prompt tokens the first admission found in the cache

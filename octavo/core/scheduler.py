@@ -49,6 +49,7 @@ class RequestUpdate:
     is_verify: bool = False
     num_drafts: int = 0
     num_accepted: int = 0
+    decision: tuple[int, str] = (0, "")  # with trace: the drafts asked for in this verify, and why
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ class Scheduler:
         self._freed_slots: list[int] = []  # to be told to the device
         self._rebuild: set[Request] = set()  # their slots must be sent anew
         self._step_id = 0
+        self._refused: tuple[Request | None, int] = (None, 0)  # the head of the queue, blocks free then
 
     # ------------------------------------------------------------------ requests
 
@@ -202,10 +204,15 @@ class Scheduler:
                 continue
             if request.num_inflight_steps:
                 return  # preempted a moment ago: its unread tokens come first
+            # It needs more than was free when it was refused: looking its prefix up again, which takes
+            # longer the longer it is, would not change that.
+            if request is self._refused[0] and self.running and self.kv.pool.num_free <= self._refused[1]:
+                return
             prefix = self.kv.find_prefix(request)
             missing = self.kv.blocks_for(request.num_tokens) - len(prefix)
             spare = self.config.watermark_blocks if self.running else 0
             if missing + owed + spare > self.kv.num_free_after(prefix):
+                self._refused = (request, self.kv.pool.num_free)
                 return
             heapq.heappop(self._waiting)
             self._enter(request, prefix)
@@ -243,6 +250,8 @@ class Scheduler:
         rows = Rows(request.slot, num_rows, kind, samples)
         out.rows.append(rows)
         out.row_keys.append(request.key)
+        # Of the drafts this step verifies; `_propose` will set that of the next one.
+        request.verified_decision = request.decision
         step.requests.append(request)
         step.rows.append(rows)
         request.num_inflight_steps += 1
@@ -273,7 +282,9 @@ class Scheduler:
         )
         kv_room = self.kv.pool.num_free * self.kv.block_size
         counts, step.plan = planner.plan(PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room))
-        for request, count in zip(requests, counts, strict=True):
+        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            if request.params.trace:
+                request.decision = planner.reason(step.plan, index)
             if count > 0:
                 request.num_proposed = count
                 out.propose.append(Propose(request.slot, count))
@@ -452,6 +463,7 @@ class Scheduler:
 
     def _update_one(self, request: Request, rows: Rows, output: ModelOutput, index: int) -> RequestUpdate:
         tokens = output.tokens[index]
+        decision = request.verified_decision
         if rows.kind is RowKind.CHUNK:
             request.num_computed_tokens += rows.num_rows
         else:
@@ -474,6 +486,7 @@ class Scheduler:
             is_verify=rows.kind is RowKind.VERIFY,
             num_drafts=output.num_drafts_valid[index],
             num_accepted=output.num_accepted[index],
+            decision=decision,
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:

@@ -8,6 +8,7 @@ through an executor; it never sees a tensor.
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,16 @@ from octavo.engine.detokenizer import IncrementalDetokenizer
 from octavo.engine.grammar import GrammarCompiler, Matcher
 from octavo.engine.inputs import Prompt, PromptInput, read_prompt
 from octavo.engine.request_state import OutputKind, RequestState, Sample
+from octavo.engine.stats import StatsLog
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import RequestError
-from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput, SpeculationMetrics
+from octavo.errors import EngineDeadError, RequestError
+from octavo.outputs import (
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    SpeculationMetrics,
+    SpeculationStep,
+)
 from octavo.sampling.batch import bad_word_spellings
 from octavo.sampling_params import SamplingParams
 from octavo.worker.executor import Executor
@@ -44,6 +52,18 @@ class EngineInfo:
     speculates: bool = False
 
 
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that was checked and tokenized, and touches no engine state yet."""
+
+    prompt: Prompt
+    params: SamplingParams
+    prediction: tuple[int, ...]
+    matcher: Matcher | None
+    bad_words_ids: tuple[tuple[int, ...], ...]
+    continue_prompt: bool  # the text goes on from the prompt's, its leading space included
+
+
 class Engine:
     """Requests in, outputs out. `step` once for every step while `has_work`."""
 
@@ -54,8 +74,10 @@ class Engine:
         executor: Executor,
         tokenizer: Tokenizer | None,
         grammar: GrammarCompiler | None = None,
+        log: StatsLog | None = None,
     ) -> None:
         self.info = info
+        self._log = log
         self.scheduler = scheduler
         self.executor = executor
         self.tokenizer = tokenizer
@@ -64,6 +86,8 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._samples: dict[str, tuple[RequestState, Sample]] = {}  # by the sequence's id
         self._arrivals = itertools.count()
+        self._compiling = threading.Lock()  # the grammar compiler's cache serves one thread at a time
+        self._dead: BaseException | None = None
         self._drafts: dict[int, list[int]] = {}  # by slot, the latest; only where a grammar runs
 
     # ------------------------------------------------------------------ requests
@@ -79,12 +103,22 @@ class Engine:
         arrival_time: float | None = None,
     ) -> None:
         """Queue a request. Raises RequestError, and keeps nothing of it, if it cannot be served."""
-        if request_id in self._states:
-            raise RequestError(f"a request with id {request_id!r} is being served already", "request_id")
         arrival_time = time.monotonic() if arrival_time is None else arrival_time
+        prepared = self.read_request(prompt, params, add_special_tokens=add_special_tokens)
+        self.admit(request_id, prepared, kind, arrival_time=arrival_time)
+
+    def read_request(
+        self, prompt: PromptInput, params: SamplingParams, *, add_special_tokens: bool = True
+    ) -> PreparedRequest:
+        """Check, tokenize, compile: all that needs no engine state, so any thread may do it.
+
+        Raises RequestError that says what to change.
+        """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params must be a SamplingParams, not {type(params).__name__}", "sampling_params"
+            )
         params.check_for_model(self.info.vocab_size)
-        if params.best_of is not None and kind != "final":
-            raise RequestError("best_of cannot stream: which answers are best is known at the end", "best_of")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
         if params.bad_words and self.tokenizer is None:
@@ -96,24 +130,42 @@ class Engine:
             self.info.max_model_len,
             add_special_tokens=add_special_tokens,
         )
-        prediction = self._prediction(params)
-        matcher = self._compile_grammar(params)
+        with self._compiling:
+            matcher = self._compile_grammar(params)
+        return PreparedRequest(
+            given,
+            params,
+            self._prediction(params),
+            matcher,
+            self._bad_words(params),
+            # A completion goes on from its prompt, space included; a chat answer stands alone.
+            continue_prompt=add_special_tokens,
+        )
+
+    def admit(
+        self,
+        request_id: str,
+        prepared: PreparedRequest,
+        kind: OutputKind = "final",
+        *,
+        arrival_time: float | None = None,
+    ) -> None:
+        """Queue what `read_request` made. Raises RequestError for an id in use, or best_of with a stream."""
+        self._check_alive()
+        params, given = prepared.params, prepared.prompt
+        if request_id in self._states:
+            raise RequestError(f"a request with id {request_id!r} is being served already", "request_id")
+        if params.best_of is not None and kind != "final":
+            raise RequestError("best_of cannot stream: which answers are best is known at the end", "best_of")
+        arrival_time = time.monotonic() if arrival_time is None else arrival_time
         metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(given.token_ids))
         if self.info.speculates:
             metrics.speculation = SpeculationMetrics(steps=[] if params.trace else None)
         state = RequestState(request_id, given.text, given.token_ids, params, kind, metrics)
         arrival = next(self._arrivals)
         base_seed = mix64(self.info.seed, arrival) if params.seed is None else params.seed
-        sequence_params = params
-        if params.best_of is not None and params.logprobs is None:
-            sequence_params = params.replace(logprobs=0)  # best_of ranks by them
         for index in range(params.num_samples):
-            request = self._sequence(
-                given, sequence_params, arrival, index, mix64(base_seed, index), request_id
-            )
-            request.prediction_ids = prediction
-            if isinstance(params.num_speculative_tokens, int):
-                request.num_speculative_tokens = params.num_speculative_tokens
+            request = self._sequence(prepared, arrival, index, mix64(base_seed, index), request_id)
             detokenizer = None
             if self.tokenizer is not None:
                 detokenizer = IncrementalDetokenizer(
@@ -123,9 +175,9 @@ class Engine:
                     include_stop_str_in_output=params.include_stop_str_in_output,
                     skip_special_tokens=params.skip_special_tokens,
                     min_tokens=params.min_tokens,
-                    # A completion goes on from its prompt, space included; a chat answer stands alone.
-                    continue_prompt=add_special_tokens,
+                    continue_prompt=prepared.continue_prompt,
                 )
+            matcher = prepared.matcher
             sample = Sample(index, request, detokenizer, matcher.copy() if matcher is not None else None)
             state.samples.append(sample)
             self._samples[request.request_id] = (state, sample)
@@ -152,7 +204,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """True while a step could bring something."""
-        return self.scheduler.has_work()
+        return self._dead is None and self.scheduler.has_work()
 
     def shutdown(self) -> None:
         """Stop the executor; open requests get nothing more."""
@@ -161,7 +213,25 @@ class Engine:
     # ------------------------------------------------------------------ the step
 
     def step(self) -> list[RequestOutput]:
-        """One step: launch what can be launched, read what is due."""
+        """One step: launch what can be launched, read what is due.
+
+        An exception in it leaves host and device apart: the engine is dead then, and says so.
+        """
+        self._check_alive()
+        try:
+            outputs = self._step()
+        except BaseException as error:
+            self._dead = error
+            raise
+        if self._log is not None:
+            self._log.step(self.scheduler)
+        return outputs
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine has stopped: {self._dead!r}; make a new one") from self._dead
+
+    def _step(self) -> list[RequestOutput]:
         out = self.scheduler.schedule()
         outputs: list[RequestOutput] = []
         if out is not None:
@@ -177,7 +247,6 @@ class Engine:
 
     def _process(self, output: ModelOutput) -> list[RequestOutput]:
         now = time.monotonic()
-        self._drafts.update(output.drafts)
         touched: dict[str, RequestState] = {}
         for update in self.scheduler.update(output):
             state, sample = self._samples[update.request.request_id]
@@ -189,6 +258,7 @@ class Engine:
                 state.add_prompt_logprobs(update.prompt_logprobs, self.tokenizer)
             if sample.finish_reason is not None or (state.kind != "final" and update.new_token_ids):
                 touched[state.request_id] = state
+        self._drafts.update(output.drafts)
         outputs = []
         for state in touched.values():
             if state.finished:
@@ -228,6 +298,9 @@ class Engine:
         speculation = state.metrics.speculation
         if speculation is not None and update.is_verify and update.new_token_ids:
             speculation.record(update.num_drafts, num_accepted)
+            if speculation.steps is not None:
+                drafts = self._drafts.get(request.key.slot, [])[: update.num_drafts]
+                speculation.steps.append(SpeculationStep(drafts, num_accepted, *update.decision))
         if update.logprobs is not None:
             sample.add_logprobs(update.logprobs[: len(tokens)], tokens, self.tokenizer)
         if reason is not None:
@@ -260,8 +333,13 @@ class Engine:
     # ------------------------------------------------------------------ making sequences
 
     def _sequence(
-        self, prompt: Prompt, params: SamplingParams, arrival: int, index: int, seed: int, request_id: str
+        self, prepared: PreparedRequest, arrival: int, index: int, seed: int, request_id: str
     ) -> Request:
+        prompt, params = prepared.prompt, prepared.params
+        if params.best_of is not None and params.logprobs is None:
+            params = params.replace(logprobs=0)  # best_of ranks by them
+        if index and params.prompt_logprobs is not None:
+            params = params.replace(prompt_logprobs=None)  # the first sample's are everybody's
         num_prompt = len(prompt.token_ids)
         room = self.info.max_model_len - num_prompt
         wanted = room if params.max_tokens is None else params.max_tokens
@@ -272,7 +350,7 @@ class Engine:
         if not self.info.enable_prefix_caching:
             # Samples of one request share its prompt even then; nobody else does.
             namespace = ("samples of", request_id, arrival) if params.num_samples > 1 else None
-        return Request(
+        request = Request(
             request_id=f"{request_id}/{index}",
             prompt_token_ids=prompt.token_ids,
             params=params,
@@ -280,12 +358,16 @@ class Engine:
             limit=num_prompt + min(wanted, room),
             arrival=arrival * 2**20 + index,  # samples stay side by side in the order of arrival
             stop_token_ids=stop,
-            bad_words_ids=self._bad_words(params),
+            bad_words_ids=prepared.bad_words_ids,
+            prediction_ids=prepared.prediction,
             priority=params.priority,
             cache_namespace=namespace,
             read_cache=params.prompt_logprobs is None,
             uses_mask=params.structured_outputs is not None,
         )
+        if isinstance(params.num_speculative_tokens, int):
+            request.num_speculative_tokens = params.num_speculative_tokens
+        return request
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:

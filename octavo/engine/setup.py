@@ -25,6 +25,7 @@ from octavo.core.scheduler import Scheduler
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.engine import Engine, EngineInfo
 from octavo.engine.grammar import GrammarCompiler
+from octavo.engine.stats import StatsLog
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import RequestError
 from octavo.worker.kv_cache import MemoryPlan
@@ -40,6 +41,7 @@ class EngineParts:
     config: EngineConfig
     plan: MemoryPlan
     notes: tuple[str, ...] = ()  # what a user should know: slow paths taken, and why
+    _closed: bool = False
     _templates: dict[str | None, ChatTemplate] = field(default_factory=dict)  # compiled ones
 
     @property
@@ -63,8 +65,10 @@ class EngineParts:
 
     def close(self) -> None:
         """Stop the engine and drop what it holds."""
-        self.engine.shutdown()
-        del self.engine
+        if not self._closed:
+            self._closed = True
+            self.engine.shutdown()
+            del self.engine
 
 
 def resolve(args: EngineArgs) -> EngineConfig:
@@ -121,8 +125,11 @@ def build_engine(args: EngineArgs) -> EngineParts:
 
     kernels = choose_kernels(config)
     memory = plan_worker(config, kernels)
-    for line in memory.describe().splitlines():
-        logger.info(line)
+    if logger.hasHandlers():
+        for line in memory.describe().splitlines():
+            logger.info(line)
+    else:  # nobody has set up logging: the plan is shown all the same
+        print(memory.describe(), file=sys.stderr)
     runner = build_runner(config, kernels, memory)
     found = tokenizer.result()
     eos = config.model.eos_token_ids
@@ -157,7 +164,8 @@ def build_engine(args: EngineArgs) -> EngineParts:
         )
         planner = BudgetPlanner(budget, config.speculative.method, config.speculative.num_speculative_tokens)
     executor = start_executor(runner, config.pipeline_depth)
-    engine = Engine(info, Scheduler(scheduler_config, cache, planner), executor, found, grammar)
+    log = None if args.disable_log_stats else StatsLog()
+    engine = Engine(info, Scheduler(scheduler_config, cache, planner), executor, found, grammar, log)
     for note in kernels.notes:
         logger.warning(note)
     return EngineParts(engine, config, memory, kernels.notes)

@@ -61,6 +61,12 @@ class Platform:
     driver: str | None = None
 
     @property
+    def threads(self) -> int:
+        """Threads to compute with on a CPU: the usable cores, or OMP_NUM_THREADS if that is fewer."""
+        asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        return min(self.cores, int(asked)) if asked.isdigit() and int(asked) > 0 else self.cores
+
+    @property
     def gpu(self) -> Gpu | None:
         """The GPU that is used when one is enough."""
         return self.gpus[0] if self.gpus else None

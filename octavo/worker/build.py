@@ -75,7 +75,7 @@ def choose_kernels(config: EngineConfig) -> KernelChoice:
         if wanted == "cpu":
             raise ConfigError(f"attention backend 'cpu' is not available: {choice.reason}")
         return replace(reference, notes=(choice.reason,))
-    set_num_threads(config.platform.cores)
+    set_num_threads(config.platform.threads)
     return KernelChoice(ops, CpuBackend(choice.library), CpuDraw(choice.library), CpuStep)
 
 

@@ -126,6 +126,12 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
         kv = min(int(asked.budget * CPU_KV_SHARE), CPU_KV_MOST, left)
     else:
         kv = left
+    if kv < asked.block_bytes:
+        raise InsufficientMemoryError(
+            f"kv_cache_memory={_size(kv)} holds not even one block of {asked.block_size} tokens; set "
+            f"kv_cache_memory to at least {math.ceil(2 * asked.block_bytes / MIB)}MB (each 1,024 tokens take "
+            f"{_size(1024 * asked.block_bytes / asked.block_size)})."
+        )
     num_blocks = kv // asked.block_bytes
     if asked.kv_cache_memory is None:  # more than all requests at their longest is never used
         longest = asked.max_model_len if asked.max_model_len is not None else asked.model_max_len
@@ -174,7 +180,10 @@ def kv_block_bytes(
 
 def _fixed_hint(asked: MemoryRequest) -> str:
     if asked.device == "cpu":
-        return "Free some memory, choose a smaller model, or lower max_num_batched_tokens."
+        return (
+            f"Free some memory, choose a smaller model, or lower max_num_seqs ({asked.max_num_seqs}), which "
+            "takes two rows of logits each, or max_num_batched_tokens."
+        )
     return (
         "Raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or choose a smaller "
         "model (tensor_parallel_size and quantization are not in this version)."

@@ -32,7 +32,7 @@ def test_stats_go_to_stderr(cli: Cli, fake_llm: type[FakeLLM]) -> None:
 def test_stdin_is_read(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     cli("generate", "m", stdin="from a pipe\n")
     cli("generate", "m", "--prompt", "first", "--prompt", "-", stdin="second")
-    assert [llm.calls[0][0] for llm in fake_llm.made] == [["from a pipe\n"], ["first", "second"]]
+    assert [llm.calls[0][0] for llm in fake_llm.made] == [["from a pipe"], ["first", "second"]]
 
 
 def test_no_prompt_at_a_terminal_is_wrong_usage(cli: Cli, fake_llm: type[FakeLLM]) -> None:
@@ -99,7 +99,7 @@ def test_a_failed_prompt_fails_the_command_after_the_others(cli: Cli, fake_llm: 
 
 def test_illegal_sampling_is_refused_before_loading(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     result = cli("generate", "m", "--prompt", "a", "--top-p", "3")
-    assert result.code == 1
+    assert result.code == 2
     assert "top_p" in result.err
     assert fake_llm.made == []
 

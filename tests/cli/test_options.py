@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from octavo.cli import options
 from octavo.config import EngineArgs
-from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
 
 # Not for one-off use at a terminal: they belong to servers, drafters and traces.
@@ -110,7 +109,7 @@ def test_sampling_values_have_their_types() -> None:
 
 
 def test_an_illegal_value_names_its_field() -> None:
-    with pytest.raises(RequestError, match="temperature"):
+    with pytest.raises(click.UsageError, match="temperature"):
         options.sampling_params(parse("--temperature", "-1"))
 
 
