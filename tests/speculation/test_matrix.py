@@ -233,3 +233,13 @@ def test_the_grammar_holds_whatever_is_drafted(folder: Path) -> None:
     params = {"temperature": 1.0, "structured_outputs": {"regex": "[ab]{5}x"}, "ignore_eos": False}
     for output in run(folder, {}, params, speculative=speculative):
         assert re.fullmatch("[ab]{5}x", output.outputs[0].text)
+
+
+def test_the_guides_own_drafter_works(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "speculation.md").read_text(encoding="utf-8")
+    source = guide.split("```python\n# my_drafter.py\n")[1].split("```")[0]
+    (tmp_path / "my_drafter.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    speculative = {"method": "my_drafter:Echo", "num_speculative_tokens": 4}
+    plain = run(folder, {}, {"temperature": 0})
+    assert told(run(folder, {}, {"temperature": 0}, speculative=speculative)) == told(plain)
