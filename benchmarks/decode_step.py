@@ -6,6 +6,7 @@ least time that reading weights and KV, or the arithmetic, allows.
     python -m benchmarks.decode_step --model qwen3-8b --rows 1 16 64
 """
 
+# mypy: disable-error-code="no-untyped-call, misc"
 from __future__ import annotations
 
 import argparse
@@ -16,15 +17,17 @@ import torch
 
 from benchmarks.gpu_workloads import MODELS
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, launch
-from octavo.kernels.triton.decoder import FusedDecoder, Layer, plans_of
+from octavo.kernels.triton import attention, launch, sample
+from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder, Layer, plans_of
 from octavo.models.gpu_ops import GpuOps, GpuPacked
 
 BANDWIDTH, FLOPS = 4.19e12, 789e12  # one H200, measured
 BLOCK_SIZE = 16
 
 
-def random_decoder(config: dict[str, Any], device: str = "cuda") -> tuple[FusedDecoder, torch.Tensor]:
+def random_decoder(
+    config: dict[str, Any], few_rows: int = FEW_ROWS, device: str = "cuda"
+) -> tuple[FusedDecoder, torch.Tensor]:
     """(a decoder, its head's weight) of a Qwen3-like shape."""
     hidden, heads, kv_heads = (
         config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"],
@@ -51,7 +54,7 @@ def random_decoder(config: dict[str, Any], device: str = "cuda") -> tuple[FusedD
     )
     table = weight(vocab, hidden)
     head = table if config["tie_word_embeddings"] else weight(vocab, hidden)
-    return FusedDecoder(layers, table, norm(hidden), angles.cos(), angles.sin(), 1e-6), head
+    return FusedDecoder(layers, table, norm(hidden), angles.cos(), angles.sin(), 1e-6, few_rows), head
 
 
 def decode_batch(rows: int, context: int, device: str = "cuda") -> AttentionMetadata:
@@ -84,7 +87,7 @@ def milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return float(sorted(times)[len(times) // 2])
 
 
 def limit(config: dict[str, Any], rows: int, context: int) -> float:
@@ -96,7 +99,7 @@ def limit(config: dict[str, Any], rows: int, context: int) -> float:
     weights = body + hidden * config["vocab_size"]
     memory = (2 * weights + rows * context * layers * 4 * kv) / BANDWIDTH
     arithmetic = rows * (2 * weights + 4 * q * layers * context) / FLOPS
-    return max(memory, arithmetic) * 1e3
+    return float(max(memory, arithmetic) * 1e3)
 
 
 def capture(work: Any) -> torch.cuda.CUDAGraph:
@@ -120,6 +123,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a quick look")
     parser.add_argument("--plain-launches", action="store_true", help="without programmatic dependent launch")
+    parser.add_argument("--few-rows", type=int, default=FEW_ROWS, help="most rows of the five-kernel path")
     arguments = parser.parse_args()
     if arguments.plain_launches:
         launch._can_launch_dependents = lambda index: False  # type: ignore[assignment]
@@ -127,8 +131,8 @@ def main() -> None:
     if arguments.layers:
         config["num_hidden_layers"] = arguments.layers
     with torch.inference_mode():
-        decoder, head = random_decoder(config)
-        ops, packed = GpuOps(), GpuPacked(head, None, "head")
+        decoder, head = random_decoder(config, arguments.few_rows)
+        ops, packed = GpuOps(few_rows=arguments.few_rows), GpuPacked(head, None, "head")
         for rows in arguments.rows:
             meta = decode_batch(rows, arguments.context)
             blocks = meta.block_table.numel()
@@ -149,7 +153,9 @@ def main() -> None:
             spec = decoder.spec
             q = torch.randn(rows, spec.num_heads, spec.head_dim, dtype=torch.bfloat16, device="cuda")
 
-            def attend(context: ForwardContext = context, q: torch.Tensor = q) -> None:
+            def attend(
+                context: ForwardContext = context, q: torch.Tensor = q, spec: AttentionSpec = spec
+            ) -> None:
                 plans, out = plans_of(context.attention, spec), torch.empty_like(q)
                 scratch = decoder._scratch_for(context.attention, plans)
                 for cache in context.kv_caches:
@@ -157,6 +163,23 @@ def main() -> None:
                         attention.attend(q, cache, out, context.attention, spec, plan, scratch)
 
             alone = milliseconds(capture(attend))
+            logits = torch.randn(rows, config["vocab_size"], device="cuda") * 3
+            ones = torch.ones(rows, device="cuda")
+            seed = torch.arange(rows, device="cuda")
+            top_k = torch.full((rows,), 50, dtype=torch.int32, device="cuda")
+            columns = (top_k, ones * 0.9, ones * 0.0)
+
+            def draw(
+                columns: tuple[torch.Tensor, ...] | tuple[None, ...],
+                logits: torch.Tensor = logits,
+                ones: torch.Tensor = ones,
+                seed: torch.Tensor = seed,
+            ) -> torch.Tensor:
+                top_k, top_p, min_p = columns
+                return sample.draw(logits, ones, top_k, top_p, min_p, seed, seed)
+
+            drawn = milliseconds(capture(lambda draw=draw: draw((None, None, None))))
+            filtered = milliseconds(capture(lambda draw=draw, columns=columns: draw(columns)))
             both, only = milliseconds(capture(whole)), milliseconds(capture(body))
             least = limit(config, rows, arguments.context)
             print(
@@ -164,7 +187,9 @@ def main() -> None:
                     {
                         "model": arguments.model, "rows": rows, "context": arguments.context,
                         "ms": round(both, 3), "decoder_ms": round(only, 3),
-                        "attention_ms": round(alone, 3), "limit_ms": round(least, 3),
+                        "attention_ms": round(alone, 3),
+                        "draw_ms": round(drawn, 3), "draw_top_k_p_ms": round(filtered, 3),
+                        "limit_ms": round(least, 3),
                         "of_limit": round(least / both, 3),
                     }
                 ),

@@ -6,6 +6,7 @@ Each product runs as it does in a step: a chain of launches in one CUDA graph, o
 the weight that none lies in the cache. Variants are compiled by several processes first.
 """
 
+# mypy: disable-error-code="misc"
 from __future__ import annotations
 
 import argparse
@@ -39,13 +40,17 @@ def shape_of(config: dict[str, Any], kind: str) -> tuple[int, int]:
     }[kind]
 
 
-def tilings(config: dict[str, Any], kind: str, rows: int, quick: bool) -> list[Tiling]:
+def tilings(
+    config: dict[str, Any], kind: str, rows: int, quick: bool, only_early: bool = False
+) -> list[Tiling]:
     """What is tried."""
     n, k = shape_of(config, kind)
     widths = {"qkv": [config["head_dim"]]}.get(kind, [64, 128])
     splits = [1] if kind == "head" else [1, 2, 4, 8]
-    depths = [(128, 3), (64, 6)] if quick else [(64, 4), (64, 6), (64, 8), (128, 2), (128, 3), (128, 4), (256, 2)]
-    found = []
+    depths = (
+        [(128, 3), (64, 6)] if quick else [(64, 4), (64, 6), (64, 8), (128, 2), (128, 3), (128, 4), (256, 2)]
+    )
+    found: list[Tiling] = []
     for width, split, (block_k, stages), prefetch in itertools.product(widths, splits, depths, [0, 4]):
         programs = -(-n // width) * split
         if k % (split * block_k) or k // split < 2 * block_k:
@@ -56,13 +61,20 @@ def tilings(config: dict[str, Any], kind: str, rows: int, quick: bool) -> list[T
             continue
         for warps in (4, 8) if width == 128 and rows >= 64 else (4,):
             found.append(Tiling(width, split, block_k, stages, warps, prefetch))
-    for width, part in itertools.product(widths if kind == "qkv" else [64], [256, 512, 1024]):
-        split = k // part
-        for warps in (4, 8):
-            if kind != "head" and k % part == 0 and split <= 16 and -(-n // width) * split <= 800:
-                if width * part <= 65536:
-                    found.append(Tiling(width, split, part, 1, warps, 0, True))
-    return found
+    if kind in ("qkv", "o", "down") and rows <= 64:
+        for split, early, (block_k, stages), warps in itertools.product(
+            splits, [128, 256, 512], [(64, 4), (64, 6), (128, 3)], (4, 8) if quick is False else (4,)
+        ):
+            width = widths[0]
+            room = (width + rows) * (early + block_k * stages) * 2 < 200_000
+            if (
+                room
+                and k % (split * block_k) == 0
+                and k // split > early
+                and 48 <= -(-n // width) * split <= 300
+            ):
+                found.append(Tiling(width, split, block_k, stages, warps, 0, early))
+    return [cut for cut in found if cut.early or not only_early]
 
 
 class Bench:
@@ -78,7 +90,10 @@ class Bench:
         dim, kv = config["head_dim"], config["num_key_value_heads"]
         heads = config["num_attention_heads"]
         self.norms = (torch.rand(dim, **bf16), torch.rand(dim, **bf16))
-        self.cos, self.sin = torch.rand(1024, dim // 2, device="cuda"), torch.rand(1024, dim // 2, device="cuda")
+        self.cos, self.sin = (
+            torch.rand(1024, dim // 2, device="cuda"),
+            torch.rand(1024, dim // 2, device="cuda"),
+        )
         self.positions = torch.full((rows,), 511, device="cuda")
         self.slots = torch.arange(rows, device="cuda") * 16
         self.q = torch.empty(rows, heads, dim, **bf16)
@@ -103,7 +118,15 @@ class Bench:
             products.plain(self.x, weight, None, self.logits, self.space, tiling)
         else:
             products.residual(
-                self.x, weight, None, self.stream, self.norm, self.scaled, self.new_squares, self.space, tiling
+                self.x,
+                weight,
+                None,
+                self.stream,
+                self.norm,
+                self.scaled,
+                self.new_squares,
+                self.space,
+                tiling,
             )
 
     def all(self, tiling: Tiling) -> Callable[[], None]:
@@ -134,13 +157,16 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only-early", action="store_true")
     parser.add_argument("--show", type=int, default=3)
     parser.add_argument("--processes", type=int, default=12)
     arguments = parser.parse_args()
     config = MODELS[arguments.model]
     jobs = []
-    for kind, rows in itertools.product(arguments.kinds, sorted({products.padded_rows(r) for r in arguments.rows})):
-        cuts = tilings(config, kind, products.padded_rows(rows), arguments.quick)
+    for kind, rows in itertools.product(
+        arguments.kinds, sorted({products.padded_rows(r) for r in arguments.rows})
+    ):
+        cuts = tilings(config, kind, products.padded_rows(rows), arguments.quick, arguments.only_early)
         jobs += [(config, kind, rows, cuts[start::4]) for start in range(4) if cuts[start::4]]
     with concurrent.futures.ProcessPoolExecutor(
         arguments.processes, multiprocessing.get_context("spawn")
@@ -152,10 +178,10 @@ def main() -> None:
         bench = Bench(config, kind, rows, copies)
         least = 2 * n * k / BANDWIDTH * 1e6
         results = []
-        library = capture(lambda bench=bench: [torch.mm(bench.x, w.t()) for w in bench.weights])  # type: ignore[misc]
+        library = capture(lambda bench=bench: [torch.mm(bench.x, w.t()) for w in bench.weights])
         base = milliseconds(library, 15) / copies * 1e3
         del library
-        for cut in tilings(config, kind, products.padded_rows(rows), arguments.quick):
+        for cut in tilings(config, kind, products.padded_rows(rows), arguments.quick, arguments.only_early):
             try:
                 took = milliseconds(capture(bench.all(cut)), 15) / copies * 1e3
             except Exception as error:
@@ -169,7 +195,7 @@ def main() -> None:
                     {
                         "kind": kind, "rows": rows, "us": round(took, 2), "limit_us": round(least, 2),
                         "of_limit": round(least / took, 3), "cublas_us": round(base, 2),
-                        "cut": [cut.block_n, cut.split, cut.block_k, cut.stages, cut.warps, cut.prefetch, int(cut.preload)],
+                        "cut": str(cut),
                     }
                 ),
                 flush=True,

@@ -46,7 +46,7 @@ class TritonBackend:
 
         query = query.contiguous()
         output = torch.zeros_like(query)
-        plans = plans_of(metadata, spec)
+        plans = plans_of(metadata, spec, query.dtype)
         scratch = None
         if any(plan.parts > 1 for plan in plans):
             scratch = attention.Scratch.allocate(

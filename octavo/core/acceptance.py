@@ -110,8 +110,8 @@ class SharedAcceptance:
 class RequestAcceptance:
     """What one request showed of one drafter. `record` is cheap; `fold` does the arithmetic."""
 
-    __slots__ = ("_depth", "_hits", "_match_hits", "_match_trials", "_records", "_refused", "_step", "_stopped",
-                 "_trials", "num_folds", "num_pending", "num_unmatched", "shared")  # fmt: skip
+    __slots__ = ("_depth", "_hits", "_match_hits", "_match_trials", "_records", "_refused", "_step",
+                 "_stopped", "_trials", "num_folds", "num_pending", "num_unmatched", "shared")  # fmt: skip
 
     def __init__(self, shared: SharedAcceptance, step: int = 0) -> None:
         self.shared = shared

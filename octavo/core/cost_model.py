@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 _MAX_SURPRISE = 0.25  # of log(observed / expected)
-_SPEED_RATE = 0.04
+_SPEED_RATE = 0.04  # at last; the first observations count for more
 _LOCAL_RATE = 0.04  # at last; the first observations of a table entry count for more
 _DELIBERATE_RATE = 0.15  # of a measurement that was made on purpose, and is rare
 
@@ -50,6 +50,7 @@ class CostModel:
         self._weight = [0.0] * len(ordered)  # how much was seen of it
         self._kv = seconds_per_kv_token
         self._speed = 1.0
+        self._seen = 0
         self._sizes = sorted(padded_sizes)
         # Where the cost of one more row changes: the best number of rows is often one of these.
         self.edges: list[int] = self._sizes or [int(rows) for rows in self._rows]
@@ -88,7 +89,8 @@ class CostModel:
         base = self._base(rows)
         kv = self._kv * kv_tokens
         kv_share = kv / (base + kv)
-        self._speed *= math.exp(_SPEED_RATE * surprise)
+        self._seen += 1
+        self._speed *= math.exp(max(_SPEED_RATE, 0.5 / self._seen) * surprise)
         self._kv *= math.exp(_LOCAL_RATE * surprise * kv_share)
         if self._sizes and rows <= self._sizes[-1]:
             rows = self._sizes[bisect_left(self._sizes, rows)]
@@ -106,6 +108,6 @@ class CostModel:
             return
         self._weight[index] += share * share
         least = _DELIBERATE_RATE if deliberate else _LOCAL_RATE
-        rate = max(least, 1.0 / (self._weight[index] + 3.0))
+        rate = max(least, 1.0 / (self._weight[index] + 8.0))
         self._local[index] += rate * share * surprise
         self._values[index] = self._measured[index] * math.exp(self._local[index])

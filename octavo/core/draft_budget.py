@@ -38,45 +38,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance, SharedAcceptance
 from octavo.core.cost_model import CostModel
 from octavo.core.draft_choice import Economy, choose, expected
+from octavo.core.draft_in_force import (
+    MIN_GAIN,
+    ChoiceInForce,
+    changed_alone,
+    could_pay,
+    count_worth,
+    promise,
+)
 from octavo.core.draft_limits import catch_up, draft_room, keep_limits
 from octavo.core.draft_plan import BudgetReport, DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
 from octavo.core.draft_trials import Trials
 
 __all__ = ["BudgetReport", "DraftBudget", "DraftPlan", "DraftPolicy", "DraftState", "StepFacts", "StepResult"]
 
-MIN_GAIN = 1.03
 _CATCH_UP_HORIZON = 128  # tokens over which a draft model's catch-up must pay off
 _PROMISE_DECAY = 0.995  # a step
 _PROMISE_WEIGHT = 20.0  # tokens for which promises are believed without proof
+_FOLDS = 8  # requests whose records are worked into their chances, a step
 _LATE = 1.3  # a step that takes longer than this times its expectation has met something else
-
-
-@dataclass(slots=True)
-class _InForce:
-    """The choice in force, one for steps without a prompt's chunk and one for steps with one."""
-
-    passes: int = 0
-    gain: float = 1.0  # expected speed-up against plain decoding
-    price: float = 1.0  # of one more draft row, in tokens
-    could_pay: bool = True  # if every draft were accepted
-    plain_seconds: float = 0.0
-    saved_seconds: float = 0.0  # a step
-    extra_tokens: float = 0.0  # a step
-    batch: int = 0
-    chunk_rows: int = 0
-    steps_left: int = 0  # to the next decision
-
-    def is_due(self, batch: int, chunk_rows: int) -> bool:
-        """True if it is time for a decision, or the load is not what the last one was made for."""
-        self.steps_left -= 1
-        if self.steps_left < 0 or abs(batch - self.batch) * 4 > self.batch:
-            return True
-        return chunk_rows > 2 * self.chunk_rows or 2 * chunk_rows < self.chunk_rows
 
 
 class DraftBudget:
@@ -100,7 +84,7 @@ class DraftBudget:
         self._max_rows = max_num_batched_tokens
         self._reserves_rows = reserves_rows
         self._shared: dict[str, SharedAcceptance] = {}
-        self._choices = (_InForce(), _InForce())
+        self._choices = (ChoiceInForce(), ChoiceInForce())
         self._trials = Trials(self.report)
         self._step = 0
         self._to_fold: deque[DraftState] = deque()
@@ -127,7 +111,7 @@ class DraftBudget:
         state.explored = self._step
         state.update_curves(self._reserves_rows)
         if fixed is None:
-            state.chosen = [_count_worth(state, choice) for choice in self._choices]
+            state.chosen = [count_worth(state, choice) for choice in self._choices]
         return state
 
     def _acceptance(self, drafter: str | None) -> RequestAcceptance | None:
@@ -164,7 +148,8 @@ class DraftBudget:
             plan.num_drafts = [state.chosen[mixed] for state in states]
             if choice.could_pay and not self._trials.saves_for_window(self._step, choice.gain):
                 self._explore(plan, facts)
-        plan.num_drafts = list(map(min, plan.num_drafts, facts.rooms))
+        if min(facts.rooms) < MAX_DRAFTS:
+            plan.num_drafts = list(map(min, plan.num_drafts, facts.rooms))
         room = draft_room(facts, self._max_rows)
         if facts.owed and any(facts.owed):
             catch_up(plan, facts, room, lambda index: self._catching_up_pays(index, plan, choice, facts))
@@ -173,7 +158,7 @@ class DraftBudget:
             plan.passes = _num_passes(plan, choice.passes)
         return plan
 
-    def _decide(self, choice: _InForce, mixed: bool, facts: StepFacts) -> None:
+    def _decide(self, choice: ChoiceInForce, mixed: bool, facts: StepFacts) -> None:
         """Find the best choice, and take it up if it is enough better than the one in force."""
         batch = len(facts.states)
         choice.batch, choice.chunk_rows = batch, facts.chunk_rows
@@ -181,7 +166,7 @@ class DraftBudget:
         autos = [state for state in facts.states if state.fixed is None]
         economy = self._economy(facts, all_auto=len(autos) == batch)
         now = [state.chosen[mixed] for state in autos]
-        now_tokens, now_rows = _promise(autos, now, choice.passes)
+        now_tokens, now_rows = promise(autos, now, choice.passes)
         now_rate = economy.rate(now_tokens, now_rows, choice.passes)
         stops = now_rate < economy.plain_rate
         if stops:
@@ -189,7 +174,7 @@ class DraftBudget:
 
         best = choose(autos, economy, choice.passes)
         counts = best.drafts(autos)
-        tokens, rows = _promise(autos, counts, best.passes)
+        tokens, rows = promise(autos, counts, best.passes)
         rate = economy.rate(tokens, rows, best.passes)
         starts = rate > MIN_GAIN * now_rate
         if starts:
@@ -198,15 +183,15 @@ class DraftBudget:
         elif stops:
             choice.passes = 0
         elif batch > 1:
-            now = _changed_alone(autos, now, counts, choice.passes, economy, rate, rows)
+            now = changed_alone(autos, now, counts, choice.passes, economy, rate, rows)
         if starts or stops:
             self.report.num_changes += 1
-            _promise(autos, now, choice.passes)
+            promise(autos, now, choice.passes)
         for state, count in zip(autos, now, strict=True):
             state.chosen[mixed] = count
         choice.price = economy.row_price(rows, max(1.0, batch / 8), rate)
         choice.gain = now_rate / economy.plain_rate
-        choice.could_pay = _could_pay(autos, economy, choice.price)
+        choice.could_pay = could_pay(autos, economy, choice.price)
         choice.plain_seconds = economy.plain_seconds
         choice.extra_tokens = now_tokens
         all_tokens = economy.base_tokens + now_tokens
@@ -258,7 +243,7 @@ class DraftBudget:
 
         self._trials.explore(self._step, plan, facts, cost_of)
 
-    def _catching_up_pays(self, index: int, plan: DraftPlan, choice: _InForce, facts: StepFacts) -> bool:
+    def _catching_up_pays(self, index: int, plan: DraftPlan, choice: ChoiceInForce, facts: StepFacts) -> bool:
         """Does what the request's drafts save, over the tokens it may still have, pay for it?"""
         assert self.draft is not None, "only a draft model can be behind"
         gain, _ = expected(facts.states[index], plan.num_drafts[index], choice.passes)
@@ -281,12 +266,12 @@ class DraftBudget:
         if not result.states:
             return
         if speculated or (result.plan is not None and any(result.plan.num_drafts)):
-            self._account(result, seconds)
-        if speculated:
-            report.num_speculating_steps += 1
-            self._record(result)
+            plain = self._account(result, seconds)
+            if speculated:
+                report.num_speculating_steps += 1
+                self._record(result, plain)
         if self._to_fold:
-            self._fold(max(8, len(result.states) // 16))
+            self._fold(_FOLDS)
 
     def _observe_target(self, result: StepResult, speculated: bool) -> float:
         """Correct the cost model. Returns the seconds, without what was nobody's fault."""
@@ -321,8 +306,8 @@ class DraftBudget:
         self._lookup_seconds *= 1.1 if seconds > drafting * self._lookup_seconds else 1.0 / 1.1
         return min(seconds, _LATE * drafting * self._lookup_seconds)
 
-    def _account(self, result: StepResult, seconds: float) -> None:
-        """What this step saved, compared with plain steps at the same load."""
+    def _account(self, result: StepResult, seconds: float) -> float:
+        """What this step saved, compared with plain steps at the same load, whose time is returned."""
         batch, kv_tokens = len(result.states), result.kv_tokens
         plain = self.target.seconds(batch, kv_tokens)
         longer = seconds - plain
@@ -330,22 +315,21 @@ class DraftBudget:
             longer = seconds - self.target.seconds(batch + result.chunk_rows, kv_tokens)
         self._lost_seconds += longer
         self.report.saved_seconds += plain * sum(result.accepted) / batch - longer
-        for state, accepted in zip(result.states, result.accepted, strict=True):
-            if accepted:
-                state.saved_seconds += accepted * plain
+        return plain
 
-    def _record(self, result: StepResult) -> None:
-        fold_after = _steps_between(len(result.states))
+    def _record(self, result: StepResult, plain_seconds: float) -> None:
+        fold_after, from_model = _steps_between(len(result.states)), result.from_model
         promised = kept = 0.0
         columns = zip(result.states, result.asked, result.drafted, result.accepted, strict=True)
         for index, (state, asked, drafted, accepted) in enumerate(columns):
             if not asked:
                 continue
+            state.saved_seconds += accepted * plain_seconds
             if state.promised:
                 promised += state.promised
                 kept += accepted
             source = state.lookup
-            if source is not None and index in result.from_model:
+            if source is not None and index in from_model:
                 source.record(asked, 0, 0)  # it had found nothing
                 asked = drafted  # the model's part of what was asked for
                 source = None
@@ -353,10 +337,12 @@ class DraftBudget:
             if source is None:
                 continue
             source.record(asked, drafted, accepted)
-            idle = not (state.chosen[0] or state.chosen[1])
+            if state.queued:
+                continue
+            idle = not any(state.chosen)
             if idle and accepted:
                 state.explored = -1  # the text may have changed: look again soon
-            if not state.queued and (idle or source.num_pending >= min(fold_after, 1 + source.num_folds)):
+            if idle or source.num_pending >= fold_after or source.num_pending > source.num_folds:
                 state.queued = True
                 self._to_fold.append(state)
         self._promised += promised
@@ -382,73 +368,6 @@ def _steps_between(batch: int) -> int:
     """Steps from one decision, or one look at a request's records, to the next: thinking costs
     time as well, and what one step can tell of a large batch is little."""
     return max(4, batch // 16)
-
-
-def _promise(states: Sequence[DraftState], counts: Sequence[int], passes: int) -> tuple[float, float]:
-    """Expected tokens and rows of all these drafts; each request is held to its part."""
-    tokens = rows = 0.0
-    for state, count in zip(states, counts, strict=True):
-        if count:
-            state.promised, more_rows = expected(state, count, passes)
-            tokens += state.promised
-            rows += more_rows
-        else:
-            state.promised = 0.0
-    return tokens, rows
-
-
-def _changed_alone(
-    states: Sequence[DraftState],
-    now: Sequence[int],
-    best: Sequence[int],
-    passes: int,
-    economy: Economy,
-    rate: float,
-    rows: float,
-) -> list[int]:
-    """Requests for which the best choice is 3% better than theirs, at the price of its rows.
-
-    The passes stay as they are.
-    """
-    step = max(1.0, len(states) / 8)
-    dearer, cheaper = economy.row_price(rows, step, rate), economy.row_price(rows, -step, rate)
-    counts: list[int] = []
-    for state, old, new in zip(states, now, best, strict=True):
-        counts.append(old)
-        old_tokens, old_rows = expected(state, old, passes)
-        state.promised = old_tokens
-        if new == old or (new > passes and state.lookup is None):
-            continue
-        new_tokens, new_rows = expected(state, new, passes)
-        price = cheaper if new > old else dearer
-        profit = economy.trust * (new_tokens - old_tokens) - price * (new_rows - old_rows)
-        if profit > (MIN_GAIN - 1.0) * (1.0 + old_tokens):
-            counts[-1] = new
-            state.promised = new_tokens
-    return counts
-
-
-def _count_worth(state: DraftState, choice: _InForce) -> int:
-    """For a new request: the drafts that pay at the price in force, none if they bring less than 3%."""
-    best, profit = 0, MIN_GAIN - 1.0
-    most = MAX_DRAFTS if state.lookup is not None else choice.passes
-    for count in range(1, most + 1):
-        tokens, rows = expected(state, count, choice.passes)
-        if tokens - choice.price * rows > profit:
-            best, profit = count, tokens - choice.price * rows
-    return best
-
-
-def _could_pay(states: Sequence[DraftState], economy: Economy, row_price: float) -> bool:
-    """Could drafts pay if all were accepted? If not, nothing is worth exploring."""
-    has_lookup = any(state.lookup is not None for state in states)
-    if has_lookup and row_price * MIN_GAIN < 1.0:
-        return True
-    count = len(states)
-    return any(
-        economy.rate(count * n, count * n, 0 if has_lookup else n) > MIN_GAIN * economy.plain_rate
-        for n in (1, 2, 4, 8, MAX_DRAFTS)
-    )
 
 
 def _num_passes(plan: DraftPlan, chosen: int) -> int:

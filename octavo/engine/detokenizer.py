@@ -47,8 +47,8 @@ class IncrementalDetokenizer:
         self.finished = False
         self.stop_reason: str | None = None  # the stop string that ended the output
         self.num_tokens = 0  # tokens of the output: up to and including the one that completed a stop string
-        follows = continue_prompt and bool(tokenizer.decode(prompt_token_ids, skip_special_tokens))
-        self._source = _text_source(tokenizer, skip_special_tokens, follows)
+        context = prompt_token_ids if continue_prompt else ()
+        self._source = _text_source(tokenizer, skip_special_tokens, context)
         self._stops = _StopStrings(stop) if stop else None
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
@@ -336,10 +336,20 @@ class _WindowText:
         return self._decode(self._token_ids[self._begin :])[len(known) :]
 
 
-def _text_source(tokenizer: Tokenizer, skip_special_tokens: bool, follows_text: bool) -> _TextSource:
+def _text_source(tokenizer: Tokenizer, skip_special_tokens: bool, context: Sequence[int]) -> _TextSource:
+    """The way to text for this tokenizer, after `context`."""
     pieces = tokenizer.pieces(skip_special_tokens)
     if tokenizer.decode_rule.kind == "bytes":
         return _ByteLevelText(pieces)
     if tokenizer.decode_rule.kind == "pieces":
-        return _PieceText(tokenizer, pieces, follows_text)
+        return _PieceText(tokenizer, pieces, _has_text(tokenizer, context, skip_special_tokens))
     return _WindowText(tokenizer, skip_special_tokens)
+
+
+def _has_text(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool) -> bool:
+    """Whether tokens decode to any text. The last few say so, unless they are all hidden ones."""
+    few = 4
+    return bool(token_ids) and (
+        bool(tokenizer.decode(token_ids[-few:], skip_special_tokens))
+        or (len(token_ids) > few and bool(tokenizer.decode(token_ids, skip_special_tokens)))
+    )

@@ -130,8 +130,10 @@ class Engine:
             self.info.max_model_len,
             add_special_tokens=add_special_tokens,
         )
-        with self._compiling:
-            matcher = self._compile_grammar(params)
+        matcher = None
+        if params.structured_outputs is not None:
+            with self._compiling:
+                matcher = self._compile_grammar(params)
         return PreparedRequest(
             given,
             params,

@@ -1,19 +1,23 @@
 """From what a caller hands in to prompts of token ids.
 
-A prompt is a text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
-`prompt_list` tells a single prompt from a list of them; `Prompt` is one, already legal.
+A prompt is a text, a list (or 1-d array, or tensor) of token ids, `{"prompt": text}` or
+`{"prompt_token_ids": ids}`. `prompt_list` tells a single prompt from several; `Prompt` is one,
+already legal. Whatever else is handed in gets a RequestError that names what to pass instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Number
 from typing import Any, TypeAlias
 
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import RequestError
 
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
+
+_WHAT_A_PROMPT_IS = "a text or a list of token ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +28,31 @@ class Prompt:
     token_ids: list[int]
 
 
-def prompt_list(prompts: PromptInput | Sequence[PromptInput]) -> tuple[list[PromptInput], bool]:
+def prompt_list(
+    prompts: PromptInput | Sequence[PromptInput] | Iterator[PromptInput],
+) -> tuple[list[PromptInput], bool]:
     """All prompts as a list, and whether a single one was given.
 
-    A list of whole numbers is one prompt. An empty list is no prompts at all.
+    A list, or 1-d array, of numbers is one prompt. An empty list is no prompts at all. An iterator is
+    read to its end.
     """
     if isinstance(prompts, (str, Mapping)):
         return [prompts], True
-    if not isinstance(prompts, Sequence):
+    given: Any = prompts
+    if _is_array(given):
+        given = _one_dimension(given)
+    elif isinstance(given, Iterator):
+        given = list(given)
+    elif _is_bytes(given) or not isinstance(given, Sequence):
         raise RequestError(
-            f"prompts must be a text, a list of token ids, a dict or a list of these, not {_kind(prompts)}",
+            f"prompts must be {_WHAT_A_PROMPT_IS}, a dict with prompt or prompt_token_ids, or a list of "
+            f"these, not {_kind(given)}{_hint(given)}",
             "prompt",
         )
-    if len(prompts) > 0 and all(_is_id(item) for item in prompts):
-        return [prompts], True  # type: ignore[list-item]
-    return list(prompts), False  # type: ignore[arg-type]
+    # What begins with a number was meant as token ids, even if a later item spoils it.
+    if len(given) > 0 and isinstance(given[0], Number):
+        return [given], True
+    return list(given), False
 
 
 def read_prompt(
@@ -52,19 +66,7 @@ def read_prompt(
     """Check and tokenize one prompt. Raises RequestError that says what to change."""
     text: str | None = None
     if isinstance(given, Mapping):
-        names = set(given)
-        if names == {"prompt"}:
-            given = given["prompt"]
-        elif names == {"prompt_token_ids"} or names == {"prompt", "prompt_token_ids"}:
-            text, given = given.get("prompt"), given["prompt_token_ids"]
-            if isinstance(given, str):
-                raise RequestError("prompt_token_ids must be a list of token ids, not a text", "prompt")
-        else:
-            raise RequestError(
-                "a prompt given as a dict has the key prompt or prompt_token_ids, not "
-                f"{sorted(map(str, names))}",
-                "prompt",
-            )
+        text, given = _from_mapping(given)
     if isinstance(given, str):
         if tokenizer is None:
             raise RequestError(
@@ -73,10 +75,8 @@ def read_prompt(
                 "prompt",
             )
         text, token_ids = given, tokenizer.encode(given, add_special_tokens=add_special_tokens)
-    elif isinstance(given, Sequence) and all(_is_id(item) for item in given):
-        token_ids = [int(token) for token in given]
     else:
-        raise RequestError(f"a prompt must be a text or a list of token ids, not {_kind(given)}", "prompt")
+        token_ids = _token_ids(given)
     if not token_ids:
         raise RequestError("the prompt is empty; it needs at least one token", "prompt")
     worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
@@ -91,9 +91,78 @@ def read_prompt(
     return Prompt(text, token_ids)
 
 
-def _is_id(item: object) -> bool:
-    # numpy's integers have __index__ as well
-    return hasattr(item, "__index__") and not isinstance(item, bool)
+def _from_mapping(given: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """(text to show, what to compute) of a prompt given as a dict."""
+    names = set(given)
+    if names == {"prompt"}:
+        return None, given["prompt"]
+    if names not in ({"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):
+        raise RequestError(
+            f"a prompt given as a dict has the key prompt or prompt_token_ids, not {sorted(map(str, names))}",
+            "prompt",
+        )
+    text, token_ids = given.get("prompt"), given["prompt_token_ids"]
+    if isinstance(token_ids, str):
+        raise RequestError("prompt_token_ids must be a list of token ids, not a text", "prompt")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(
+            f"prompt beside prompt_token_ids must be the text of these tokens, or be left out, "
+            f"not {_kind(text)}",
+            "prompt",
+        )
+    return text, token_ids
+
+
+def _token_ids(given: Any) -> list[int]:
+    """Plain ints of a list, a 1-d array or a 1-d tensor of token ids."""
+    if _is_array(given):
+        given = _one_dimension(given)
+    elif _is_bytes(given) or not isinstance(given, Sequence):
+        raise RequestError(
+            f"a prompt must be {_WHAT_A_PROMPT_IS}, not {_kind(given)}{_hint(given)}", "prompt"
+        )
+    token_ids: list[int] = []
+    for index, item in enumerate(given):
+        if type(item) is int:
+            token_ids.append(item)
+        elif not isinstance(item, bool) and isinstance(item, Integral):  # numpy's integers, for one
+            token_ids.append(int(item))
+        else:
+            raise RequestError(
+                f"a prompt must be {_WHAT_A_PROMPT_IS}; item {index} of the list is {_kind(item)}, and a "
+                f"token id is a whole number{_hint(item)}",
+                "prompt",
+            )
+    return token_ids
+
+
+def _is_array(value: object) -> bool:
+    """Arrays of numpy, tensors of torch and their like, without importing either."""
+    return hasattr(value, "tolist") and hasattr(value, "ndim") and not _is_bytes(value)
+
+
+def _one_dimension(array: Any) -> list[Any]:
+    """The items of a 1-d array as plain Python values."""
+    if array.ndim != 1:
+        raise RequestError(
+            f"an array of token ids must have one dimension, not {array.ndim}; give one 1-d array a prompt, "
+            "in a list, without padding",
+            "prompt",
+        )
+    return list(array.tolist())
+
+
+def _is_bytes(value: object) -> bool:
+    return isinstance(value, (bytes, bytearray, memoryview))
+
+
+def _hint(value: object) -> str:
+    """What to do about a value that is not what it was meant to be."""
+    if _is_bytes(value):
+        return "; give text (decode it first) or token ids"
+    if _is_array(value):
+        return "; give plain integers (tolist() makes them)"
+    return ""
 
 
 def _kind(value: object) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionBackend
 from octavo.kernels.triton import pointwise, products
-from octavo.kernels.triton.decoder import FusedDecoder, Layer
+from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder, Layer
 from octavo.layers.ops import DecoderParts, EmbeddingTable, FusedForward, LayerParts
 from octavo.quantization.base import PackedLinear, PackUse
 
@@ -40,9 +40,14 @@ class GpuOps:
 
     name = "triton"
 
-    def __init__(self, narrow_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)) -> None:
-        """`narrow_dtypes`: in which dtypes few rows take Octavo's own products."""
+    def __init__(
+        self,
+        narrow_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+        few_rows: int = FEW_ROWS,
+    ) -> None:
+        """`narrow_dtypes`: in which dtypes up to `few_rows` rows take Octavo's own products."""
         self._narrow_dtypes = narrow_dtypes
+        self._few_rows = few_rows
         self._workspaces: list[products.Workspace] = []
         self.decoder: FusedDecoder | None = None  # the last one made, for measurements
 
@@ -59,12 +64,12 @@ class GpuOps:
         assert isinstance(packed, GpuPacked)
         weight, bias = packed.weight, packed.bias
         activates = packed.use == "gate_up"
-        if 0 < len(x) <= products.MAX_ROWS and x.dtype in self._narrow_dtypes:
+        if 0 < len(x) <= self._few_rows and x.dtype in self._narrow_dtypes:
             x = x.contiguous()
             width = weight.shape[0] // 2 if activates else weight.shape[0]
             out = torch.empty(len(x), width, dtype=out_dtype or x.dtype, device=x.device)
             kind = "head" if packed.use in ("head", "tied") else "plain"
-            tiling = products.choose_tiling(kind, *weight.shape, len(x))
+            tiling = products.choose_tiling(kind, weight.shape[0], weight.shape[1], len(x))
             workspace = self._workspace(weight.shape[0], tiling, x.device, whole=not activates)
             if activates:
                 products.gate_up(x, weight, bias, None, 0.0, out, workspace, tiling)
@@ -107,7 +112,7 @@ class GpuOps:
         """The whole decoder, where the attention backend is the kernels' own."""
         if backend.name != TRITON_BACKEND:
             return None
-        few_rows = products.MAX_ROWS if parts.dtype in self._narrow_dtypes else 0
+        few_rows = self._few_rows if parts.dtype in self._narrow_dtypes else 0
         self.decoder = FusedDecoder(
             [_layer(layer) for layer in parts.layers],
             _table(parts.embedding),
@@ -125,7 +130,7 @@ class GpuOps:
         """Room for a product's partial sums. Earlier rooms stay: captured graphs point there."""
         tiles = -(-n // tiling.block_n)
         elements = 0 if whole and tiling.split == 1 else tiles * tiling.block_n * tiling.split
-        elements *= products.MAX_ROWS
+        elements *= self._few_rows
         last = self._workspaces[-1] if self._workspaces else None
         if last is None or last.partial.numel() < elements or last.counters.numel() < tiles:
             self._workspaces.append(products.Workspace.allocate(max(elements, 1), tiles, device))

@@ -3,16 +3,18 @@
 Same results as `TorchDraw` but for rounding: the C kernels work in float32, so two tokens whose
 scores differ by less than a few units in the last place may change places, and so may the last
 token of a top-p set whose mass meets p that closely. Every row is still a function of itself alone.
+What changes logits before that (`process`) gives the same bits as the torch functions.
 """
 
 from __future__ import annotations
 
 import torch
 
-from octavo.kernels.cpu import sample
+from octavo.kernels.cpu import processors, sample
 from octavo.kernels.cpu.library import CpuLibrary
-from octavo.sampling.batch import SamplingBatch
+from octavo.sampling.batch import Bitmask, Penalties, SamplingBatch
 from octavo.sampling.noise import Stream
+from octavo.sampling.processors import apply_processors
 from octavo.sampling.sampler import LogprobTensors, TorchDraw
 
 
@@ -22,6 +24,27 @@ class CpuDraw:
     def __init__(self, library: CpuLibrary | None = None) -> None:
         self._library = library
         self._torch = TorchDraw()
+
+    def process(self, logits: torch.Tensor, batch: SamplingBatch) -> None:
+        """See ProcessKernels. Bans and bias are a single indexed write each, so torch does them."""
+        apply_processors(logits, batch, self._mask, self._penalize)
+
+    def _mask(self, logits: torch.Tensor, mask: Bitmask) -> None:
+        processors.mask_rows(logits, mask.rows, mask.words.contiguous(), library=self._library)
+
+    def _penalize(self, logits: torch.Tensor, penalties: Penalties) -> None:
+        processors.penalize_rows(
+            logits,
+            penalties.rows,
+            penalties.slots,
+            penalties.lengths,
+            penalties.prompt_lengths,
+            penalties.repetition,
+            penalties.presence,
+            penalties.frequency,
+            penalties.tokens,
+            library=self._library,
+        )
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See DrawKernels."""

@@ -7,25 +7,13 @@ transformers, to the letter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from octavo.sampling.batch import BannedTokens, Bitmask, LogitBias, Penalties, SamplingBatch
 
 NEG_INF = float("-inf")
-
-
-def apply_processors(logits: torch.Tensor, batch: SamplingBatch) -> None:
-    """Masks, bias and penalties, in the sampler's order."""
-    if batch.allowed is not None:
-        apply_bitmask(logits, batch.allowed)
-    if batch.grammar is not None:
-        apply_bitmask(logits, batch.grammar)
-    if batch.banned is not None:
-        apply_bans(logits, batch.banned)
-    if batch.logit_bias is not None:
-        apply_logit_bias(logits, batch.logit_bias)
-    if batch.penalties is not None:
-        apply_penalties(logits, batch.penalties)
 
 
 def apply_bitmask(logits: torch.Tensor, mask: Bitmask) -> None:
@@ -76,3 +64,25 @@ def apply_penalties(logits: torch.Tensor, penalties: Penalties) -> None:
 
 def _known(ids: torch.Tensor, row_logits: torch.Tensor) -> torch.Tensor:
     return ids[(ids >= 0) & (ids < len(row_logits))]
+
+
+def apply_processors(
+    logits: torch.Tensor,
+    batch: SamplingBatch,
+    mask: Callable[[torch.Tensor, Bitmask], None] = apply_bitmask,
+    penalize: Callable[[torch.Tensor, Penalties], None] = apply_penalties,
+) -> None:
+    """Masks, bias and penalties, in the sampler's order.
+
+    `mask` and `penalize` are where a backend puts its own: row by row they are the slow ones.
+    """
+    if batch.allowed is not None:
+        mask(logits, batch.allowed)
+    if batch.grammar is not None:
+        mask(logits, batch.grammar)
+    if batch.banned is not None:
+        apply_bans(logits, batch.banned)
+    if batch.logit_bias is not None:
+        apply_logit_bias(logits, batch.logit_bias)
+    if batch.penalties is not None:
+        penalize(logits, batch.penalties)

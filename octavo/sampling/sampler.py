@@ -27,7 +27,7 @@ never drawn while another token is legal.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -68,6 +68,15 @@ class DrawKernels(Protocol):
         ...
 
 
+@runtime_checkable
+class ProcessKernels(Protocol):
+    """What a backend may have as well: its own way through step 2 to 4. Without it, torch does them."""
+
+    def process(self, logits: torch.Tensor, batch: SamplingBatch) -> None:
+        """Write what `apply_processors` would, to the bit."""
+        ...
+
+
 class SamplerOutput(NamedTuple):
     """What a step drew."""
 
@@ -80,6 +89,7 @@ class Sampler:
 
     def __init__(self, kernels: DrawKernels) -> None:
         self._kernels = kernels
+        self._process = kernels.process if isinstance(kernels, ProcessKernels) else apply_processors
 
     def __call__(self, logits: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
         """Draw one token a row. `logits` is float32 [rows, vocab_size] and is written to."""
@@ -91,7 +101,7 @@ class Sampler:
             raw = logits[asking]  # a copy of the rows that asked
 
         if batch.changes_logits:
-            apply_processors(logits, batch)
+            self._process(logits, batch)
         tokens = self._kernels.argmax(logits) if batch.all_greedy else self._kernels.draw(logits, batch)
         if batch.num_logprobs is None:
             return SamplerOutput(tokens, None)

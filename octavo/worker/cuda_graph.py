@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -98,8 +99,8 @@ class CudaGraphs:
         self._max_seq_len = max_seq_len
         self._inputs = GraphInputs.allocate(self._sizes[-1], max_blocks, device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
-        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None  # torch's handle of the memory pool
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def num_captured(self) -> int:

@@ -16,7 +16,7 @@ from itertools import count as steps_from
 
 from octavo.core.acceptance import MAX_DRAFTS
 from octavo.core.cost_model import CostModel
-from octavo.core.draft_budget import DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
+from octavo.core.draft_plan import DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
 
 Rate = Callable[[int, int], float]  # (draft position, token index) -> conditional acceptance
 
@@ -46,7 +46,9 @@ class Machine:
     noise: float = 0.05
     outliers: float = 0.01
 
-    def models(self, with_draft: bool, error: float = 0.0, seed: int = 0) -> tuple[CostModel, CostModel | None]:
+    def models(
+        self, with_draft: bool, error: float = 0.0, seed: int = 0
+    ) -> tuple[CostModel, CostModel | None]:
         """What the start-up measures: wrong by up to `error`, at each number of rows anew."""
         rng = random.Random(seed)
 
@@ -111,7 +113,6 @@ class Outcome:
     tokens: int = 0
     seconds: float = 0.0
     drafts: int = 0
-    explored_seconds: float = 0.0
     counts: list[list[int]] = field(default_factory=list)  # drafts asked for, by step
     plans: list[DraftPlan] = field(default_factory=list)
 
@@ -127,7 +128,12 @@ class Fixed:
         self.count = count
 
     def add(
-        self, request_id: str, *, lookup: str | None = None, model: str | None = None, fixed: int | None = None
+        self,
+        request_id: str,
+        *,
+        lookup: str | None = None,
+        model: str | None = None,
+        fixed: int | None = None,
     ) -> DraftState:
         return DraftState(request_id, None, None, self.count)
 
@@ -168,8 +174,8 @@ def simulate(
             break
         new = arrivals(step, len(running))
         for text in new:
-            drafter = {"model": "draft"} if model else {"lookup": "lookup"}
-            text.state = policy.add(text.name, fixed=fixed, **drafter)  # type: ignore[arg-type]
+            lookup, drafter = (None, "draft") if model else ("lookup", None)
+            text.state = policy.add(text.name, lookup=lookup, model=drafter, fixed=fixed)
             behind[text.name] = text.prompt
         chunk_rows = sum(text.prompt for text in new)
         if not running and not new:
@@ -202,7 +208,9 @@ def simulate(
         target_seconds = machine.target(rows) + machine.kv_token * kv_tokens
         draft_seconds = 0.0
         if model and any(plan.num_drafts):
-            draft_seconds = plan.passes * (machine.draft_pass(len(sampling)) + machine.kv_token / 6 * kv_tokens)
+            draft_seconds = plan.passes * (
+                machine.draft_pass(len(sampling)) + machine.kv_token / 6 * kv_tokens
+            )
         caught_up = sum(plan.catch_up.values())
         if caught_up:
             draft_seconds += machine.draft_pass(caught_up)
@@ -269,7 +277,9 @@ def closed_loop(
     return arrivals
 
 
-def fixed_rate(machine: Machine, batch: int, acceptance: float, count: int, model: bool, kv_tokens: float) -> float:
+def fixed_rate(
+    machine: Machine, batch: int, acceptance: float, count: int, model: bool, kv_tokens: float
+) -> float:
     """Tokens a second of a fixed K, exactly, at constant acceptance."""
     tokens = batch * sum(acceptance**n for n in range(count + 1))
     seconds = machine.target(batch * (1 + count)) + machine.kv_token * kv_tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.attention.backend import AttentionBackend, ForwardContext
+from octavo.attention.backend import AttentionBackend, AttentionMetadata, ForwardContext
 from octavo.layers.ops import Kernels
 from octavo.models.config import ModelConfig
 from octavo.models.decoder import CausalLM
@@ -27,11 +27,12 @@ class _OnDevice:
         self.attention_specs = model.attention_specs
         self._caches: list[torch.Tensor] | None = None
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def moved(self, ctx: ForwardContext) -> tuple[list[torch.Tensor], AttentionMetadata]:
+        """The step, and this model's own KV caches, on the device."""
         if self._caches is None:
             self._caches = [cache.to(DEVICE) for cache in ctx.kv_caches]
         meta = ctx.attention
-        moved = replace(
+        return self._caches, replace(
             meta,
             query_start_loc=meta.query_start_loc.to(DEVICE),
             seq_lens=meta.seq_lens.to(DEVICE),
@@ -39,9 +40,11 @@ class _OnDevice:
             slot_mapping=meta.slot_mapping.to(DEVICE),
             positions=meta.positions.to(DEVICE),
         )
-        context = ForwardContext(moved, self._caches)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        caches, meta = self.moved(ctx)
         with torch.inference_mode():
-            return self.model.forward(input_ids.to(DEVICE), moved.positions, context)
+            return self.model.forward(input_ids.to(DEVICE), meta.positions, ForwardContext(meta, caches))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():

@@ -11,7 +11,8 @@ from octavo.kernels.cpu.library import CpuLibraryError, load
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.cpu_draw import CpuDraw
 from octavo.sampling.noise import exponentials, noise_words
-from octavo.sampling.sampler import NO_TOKEN, Sampler, TorchDraw, kept_tokens
+from octavo.sampling.processors import apply_processors
+from octavo.sampling.sampler import NO_TOKEN, ProcessKernels, Sampler, TorchDraw, kept_tokens
 from octavo.sampling_params import SamplingParams
 from tests.sampling.helpers import make_batch, random_logits
 
@@ -121,3 +122,20 @@ def test_a_whole_batch_through_the_sampler() -> None:
     assert reference is not None
     assert ours.logprob == pytest.approx(reference.logprob, abs=2e-6)
     assert (ours.rank, ours.top_ids) == (reference.rank, reference.top_ids)
+
+
+def test_process_gives_the_bits_of_the_torch_functions() -> None:
+    params = [
+        SamplingParams(allowed_token_ids=[5, 6, 639], logit_bias={6: 3.0}),
+        SamplingParams(repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.1),
+        SamplingParams(min_tokens=4, max_tokens=9, logit_bias={7: -2.0}, repetition_penalty=0.9),
+    ]
+    histories = [[1, 2], [7, 7, 9, 9, 9, 11], [7, 3, 3]]
+    batch = make_batch(params, vocab_size=640, histories=histories, prompt_lengths=[1, 3, 2], stop_ids=[3])
+    kernels = CpuDraw()
+    assert isinstance(kernels, ProcessKernels)
+    found = random_logits(3, 640)
+    expected = found.clone()
+    kernels.process(found, batch)
+    apply_processors(expected, batch)
+    assert torch.equal(found, expected)

@@ -1,0 +1,99 @@
+"""What may be given away to learn: one draft for the undrafted, a few plain steps for the drafted.
+
+Both are paid from one allowance, a small part of the device time so far, before they are made. The
+cost of an exploration is what its rows and its draft pass add to the step. The cost of a window of
+plain steps is the time that drafting would have saved in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from octavo.core.draft_plan import BudgetReport, DraftPlan, StepFacts
+
+ALLOWANCE = 0.005  # of device time
+_WINDOW_STEPS = 4
+_WINDOW_DISTANCE = 100  # steps from one window to the next, at least
+_EXPLORE_TOGETHER = 8  # requests that share a step, and a draft pass, of exploration
+_EXPLORE_DISTANCE = 4  # steps between two explorations of one request, at least
+
+
+class Trials:
+    """The allowance, and who gets it. Steps are counted by `plan`."""
+
+    def __init__(self, report: BudgetReport) -> None:
+        self._report = report
+        self._seconds = 0.0
+        self._next_exploration = 0
+        self._next_window = _WINDOW_DISTANCE
+        self._window_left = 0
+        self._window_unread = 0
+
+    def earn(self, seconds: float) -> None:
+        """Device time has passed."""
+        self._seconds += ALLOWANCE * seconds
+
+    def _pay(self, cost: float) -> bool:
+        if cost > self._seconds:
+            return False
+        self._seconds -= max(0.0, cost)
+        self._report.allowance_spent += max(0.0, cost)
+        return True
+
+    # ------------------------------------------------------------------ windows of plain steps
+
+    def in_window(self, step: int, gain: float, plain_seconds: float, may_start: bool) -> bool:
+        """True if the drafts of this step are to be left out. `gain` is what drafting promises."""
+        if not self._window_left:
+            if not may_start or gain <= 1.0 or step < self._next_window:
+                return False
+            if not self._pay(_WINDOW_STEPS * plain_seconds * (1.0 - 1.0 / gain)):
+                return False
+            self._next_window = step + _WINDOW_DISTANCE
+            self._window_left = _WINDOW_STEPS
+            self._report.num_windows += 1
+        self._window_left -= 1
+        self._window_unread += 1
+        return True
+
+    def was_window(self) -> bool:
+        """True for a plain step that was read, if it is one that a window asked for."""
+        if not self._window_unread:
+            return False
+        self._window_unread -= 1
+        return True
+
+    def saves_for_window(self, step: int, gain: float) -> bool:
+        """True while a window is due and cannot be paid yet."""
+        return gain > 1.0 and step >= self._next_window
+
+    # ------------------------------------------------------------------ exploration
+
+    def explore(
+        self, step: int, plan: DraftPlan, facts: StepFacts, cost_of: Callable[[list[int]], float]
+    ) -> None:
+        """One draft for the requests without drafts that have waited longest, if it can be paid."""
+        if step < self._next_exploration:
+            return
+        states = facts.states
+        before = step - _EXPLORE_DISTANCE
+        idle = [
+            (states[index].explored, index)
+            for index, count in enumerate(plan.num_drafts)
+            if not count and states[index].fixed is None and states[index].explored <= before
+        ]
+        if not idle:
+            return
+        chosen = [index for _, index in heapq.nsmallest(_EXPLORE_TOGETHER, idle)]
+        cost = cost_of(chosen)
+        if not self._pay(cost):
+            # Not before the allowance can have grown that far: half of that, as times vary.
+            per_step = ALLOWANCE * cost_of([])
+            self._next_exploration = step + 1 + int((cost - self._seconds) / per_step / 2)
+            return
+        self._report.num_explored += len(chosen)
+        for index in chosen:
+            plan.num_drafts[index] = 1
+            states[index].explored = step
+        plan.explored = tuple(chosen)

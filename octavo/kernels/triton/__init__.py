@@ -1,0 +1,25 @@
+"""Triton kernels for the GPU, and the launchers that check their arguments.
+
+Nothing here is imported on a machine without Triton: importers ask `available` first.
+
+    launch     what every launch needs: dependent launch, interpreter, padded sizes
+    products   products of few rows with a weight, with what follows them in a layer
+    attention  attention over paged keys and values for any mix of rows
+    pointwise  embedding, norms, SiLU·mul, qk-norm + rotary + store
+    sample     argmax, draw, log-probabilities
+    step       inputs of a step and the verdict on its tokens, on the device
+    decoder    a whole decoder forward of few rows, five kernels a layer
+
+Every kernel is a function of its row alone, whatever stands in the other rows, and its sums have
+one order whatever the number of rows: that is what makes a request's text independent of its
+neighbours. Attention keeps to it at any size; the products up to MAX_ROWS rows, where they are used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def available() -> bool:
+    """True if Triton is installed. Whether it can compile for this machine is the platform's question."""
+    return importlib.util.find_spec("triton") is not None

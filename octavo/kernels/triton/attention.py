@@ -1,0 +1,375 @@
+"""Attention over paged keys and values, for any mix of chunk, decode and verify rows in one launch.
+
+The rows of a request are cut into query tiles: ROWS token rows times the query heads that share a
+KV head, packed so that the matrix unit gets BLOCK_Q rows. `plan` says which rows each tile holds;
+it runs once a step, reads query_start_loc on the device, and leaves no trace on the host.
+
+Keys are read in groups of GROUP tokens, counted from position 0. Each group is summed by itself
+and folded into the result in order, whether one program reads all groups or PARTS programs share
+them (then the last to arrive folds what lies in the workspace). So a row's result depends on
+nothing but the row: not on the number of rows, of requests, or of programs.
+
+KV cache: [blocks, 2, kv_heads, block_size, head_dim], a head's share of a block in one piece.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.attention.backend import AttentionMetadata, AttentionSpec
+from octavo.kernels.triton.launch import (
+    begin,
+    dot_precision,
+    next_power_of_2,
+    pdl_options,
+    prefetch,
+    uses_pdl,
+)
+
+GROUP = 128  # tokens summed by themselves; part of the definition of a row's bits
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def plan_kernel(
+    starts_ptr,  # [num_reqs + 1] int32
+    positions_ptr,  # [num_tokens] int64
+    tiles_ptr,  # [num_tiles, 5] int32: request, first row, rows, first position seen, one behind the last
+    num_tiles,
+    window,
+    num_reqs,
+    LEAST: tl.constexpr,  # requests of fewer rows get no rows here
+    MOST: tl.constexpr,  # nor those of more; 0: no limit
+    ROWS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    r = tl.arange(0, REQUESTS)
+    starts = tl.load(starts_ptr + r, mask=r < num_reqs, other=0)
+    first_tile = tl.where(r < num_reqs, starts // ROWS + r, 2147483647)
+    request = tl.sum((first_tile[None, :] <= tiles[:, None]).to(tl.int32), axis=1) - 1
+    start = tl.load(starts_ptr + request)
+    end = tl.load(starts_ptr + request + 1)
+    first = start + (tiles - (start // ROWS + request)) * ROWS
+    count = tl.minimum(tl.maximum(end - first, 0), ROWS)
+    mine = end - start >= LEAST
+    if MOST > 0:
+        mine = mine & (end - start <= MOST)
+    count = tl.where(mine, count, 0)
+    i = tl.arange(0, ROWS_PADDED)
+    position = tl.load(
+        positions_ptr + first[:, None] + i[None, :], mask=i[None, :] < count[:, None], other=-1
+    ).to(tl.int32)
+    last = tl.max(position, axis=1) + 1
+    lowest = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    if HAS_WINDOW:
+        lowest = tl.min(tl.where(position >= 0, position, 2147483647), axis=1)
+        lowest = tl.where(last > 0, tl.maximum(lowest - window + 1, 0), 0)
+    valid = tiles < num_tiles
+    tl.store(tiles_ptr + tiles * 5, request, mask=valid)
+    tl.store(tiles_ptr + tiles * 5 + 1, first, mask=valid)
+    tl.store(tiles_ptr + tiles * 5 + 2, count, mask=valid)
+    tl.store(tiles_ptr + tiles * 5 + 3, lowest, mask=valid)
+    tl.store(tiles_ptr + tiles * 5 + 4, last, mask=valid)
+
+
+@triton.jit
+def _sum_group(
+    q,  # [BLOCK_Q, D]
+    position,  # [BLOCK_Q], -1 for rows that see nothing
+    cache_ptr,
+    table_row,  # pointer to the request's block ids
+    head,
+    first,  # position of the group
+    last,  # one behind the last position any row sees
+    scale,  # times log2(e), where there is no soft cap
+    soft_cap,
+    window,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(greatest score [BLOCK_Q], sum of weights [BLOCK_Q], weighted values [BLOCK_Q, D]) of a group."""
+    d = tl.arange(0, D_PADDED)
+    kv = first + tl.arange(0, GROUP)
+    there = kv < last
+    block = tl.load(table_row + kv // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+    where = ((block * 2 * KV_HEADS + head) * BLOCK_SIZE + kv % BLOCK_SIZE) * D
+    values = cache_ptr + (where + KV_HEADS * BLOCK_SIZE * D)[:, None] + d[None, :]
+    if D == D_PADDED:
+        k = tl.load(cache_ptr + where[None, :] + d[:, None], mask=there[None, :], other=0.0)
+        v = tl.load(values, mask=there[:, None], other=0.0)
+    else:
+        k = tl.load(
+            cache_ptr + where[None, :] + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0
+        )
+        v = tl.load(values, mask=there[:, None] & (d[None, :] < D), other=0.0)
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    if HAS_CAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        capped = 1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)
+        scores = soft_cap * capped * 1.4426950408889634
+    sees = kv[None, :] <= position[:, None]
+    if HAS_WINDOW:
+        sees = sees & (kv[None, :] > position[:, None] - window)
+    scores = tl.where(sees, scores, float("-inf"))
+    most = tl.max(scores, axis=1)
+    p = tl.exp2(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
+    weight = tl.sum(p, axis=1)
+    return most, weight, tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+
+
+@triton.jit
+def _fold(most, weight, acc, most_g, weight_g, acc_g):
+    """Two disjoint sums as one; a side that saw nothing leaves the other's bits alone."""
+    higher = tl.maximum(most, most_g)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    ours, theirs = tl.exp2(most - base), tl.exp2(most_g - base)
+    acc = acc * ours[:, None] + acc_g * theirs[:, None]
+    return higher, weight * ours + weight_g * theirs, acc
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,  # [num_tokens, HEADS, D], rotary applied
+    cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
+    out_ptr,  # [num_tokens, HEADS, D]
+    table_ptr,  # [num_reqs, table_stride] int32
+    tiles_ptr,  # [tiles, 5] int32
+    positions_ptr,  # [num_tokens] int64
+    sums_ptr,  # [num_tokens * HEADS, max_groups, D] float32
+    stats_ptr,  # [num_tokens * HEADS, max_groups, 2] float32
+    counter_ptr,  # [tiles, KV_HEADS] int32, zero between launches
+    table_stride,
+    max_groups,
+    scale,
+    soft_cap,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    EARLY: tl.constexpr,  # the plan is older than the launch before this one
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    SHARED: tl.constexpr = HEADS // KV_HEADS
+    if not EARLY:
+        begin(PDL)
+    request = tl.load(tiles_ptr + tile * 5)
+    first_row = tl.load(tiles_ptr + tile * 5 + 1)
+    count = tl.load(tiles_ptr + tile * 5 + 2)
+    begin_at = tl.load(tiles_ptr + tile * 5 + 3)
+    last = tl.load(tiles_ptr + tile * 5 + 4)
+    i, d = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED)
+    row = first_row + i // SHARED
+    valid = i < count * SHARED
+    column = row.to(tl.int64) * HEADS + head * SHARED + i % SHARED
+    inside = valid[:, None] & (d[None, :] < D)
+    position = tl.load(positions_ptr + row, mask=valid, other=-1).to(tl.int32)
+    table_row = table_ptr + request.to(tl.int64) * table_stride
+    first_group = begin_at // GROUP
+    num_groups = tl.cdiv(last, GROUP)
+    if EARLY:
+        if PDL:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+            if first_group + part < num_groups:
+                # earlier steps wrote nearly all of it: the cache may fetch it during the wait
+                kv = (first_group + part) * GROUP + tl.arange(0, GROUP)
+                kv = tl.minimum(kv, last - 1)
+                block = tl.load(table_row + kv // BLOCK_SIZE).to(tl.int64)
+                where = ((block * 2 * KV_HEADS + head) * BLOCK_SIZE + kv % BLOCK_SIZE) * D
+                LINE: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
+                LINES: tl.constexpr = (D_PADDED + LINE - 1) // LINE
+                lines = cache_ptr + where[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+                prefetch(lines)
+                prefetch(lines + KV_HEADS * BLOCK_SIZE * D)
+        begin(PDL)
+    if count == 0:
+        return
+    q = tl.load(q_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0)
+
+    most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_Q, D_PADDED), dtype=tl.float32)
+    for group in tl.range(first_group + part, num_groups, PARTS, num_stages=STAGES):
+        most_g, weight_g, acc_g = _sum_group(
+            q, position, cache_ptr, table_row, head, group * GROUP, last, scale, soft_cap, window, KV_HEADS,
+            D, D_PADDED, BLOCK_SIZE, GROUP, HAS_CAP, HAS_WINDOW, PRECISION,
+        )  # fmt: skip
+        if PARTS == 1 or num_groups - first_group == 1:
+            most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
+        else:
+            place = column * max_groups + group
+            tl.store(sums_ptr + place[:, None] * D + d[None, :], acc_g, mask=inside)
+            tl.store(stats_ptr + place * 2, most_g, mask=valid)
+            tl.store(stats_ptr + place * 2 + 1, weight_g, mask=valid)
+
+    finishes = part == 0
+    if PARTS > 1:
+        num_parts = tl.minimum(num_groups - first_group, PARTS)
+        if num_parts > 1:
+            finishes = False
+            if part < num_parts:
+                tl.debug_barrier()
+                counter = counter_ptr + tile * KV_HEADS + head
+                finishes = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
+                if finishes:
+                    tl.store(counter, 0)
+                    for start in range(first_group, num_groups, 4):
+                        # four groups on their way at once, folded in their order
+                        for step in tl.static_range(4):
+                            group = start + step
+                            place = column * max_groups + group
+                            there = valid & (group < num_groups)
+                            most_g = tl.load(
+                                stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
+                            )
+                            weight_g = tl.load(
+                                stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"
+                            )
+                            acc_g = tl.load(
+                                sums_ptr + place[:, None] * D + d[None, :],
+                                mask=inside & (group < num_groups), other=0.0, cache_modifier=".cg",
+                            )  # fmt: skip
+                            most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
+    if finishes:
+        # a row that sees nothing (padding) has weight 0 and becomes zeros
+        out = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
+        tl.store(out_ptr + column[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTiling:
+    """How query rows are packed. One is used for a whole launch."""
+
+    block_q: int = 16
+    stages: int = 4
+    warps: int = 4
+
+    def rows(self, spec: AttentionSpec) -> int:
+        """Token rows of a tile."""
+        return max(1, self.block_q // (spec.num_heads // spec.num_kv_heads))
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """Which rows each query tile of a step holds."""
+
+    tiles: torch.Tensor  # [num_tiles, 5] int32
+    tiling: QueryTiling
+    parts: int  # programs that share a tile's groups
+
+
+@dataclass(slots=True)
+class Scratch:
+    """Sums of groups that several programs share; empty as long as nothing needs it."""
+
+    sums: torch.Tensor
+    stats: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, num_rows: int, max_len: int, spec: AttentionSpec, max_tiles: int, device: torch.device
+    ) -> Scratch:
+        """For steps of up to num_rows rows whose tiles are shared."""
+        places = num_rows * spec.num_heads * -(-max_len // GROUP)
+        return cls(
+            torch.empty(places * spec.head_dim, dtype=torch.float32, device=device),
+            torch.empty(places * 2, dtype=torch.float32, device=device),
+            torch.zeros(max_tiles * spec.num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+def plan(
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    tiling: QueryTiling,
+    parts: int = 1,
+    least: int = 0,
+    most: int = 0,
+    pdl: bool | None = None,
+) -> TilePlan:
+    """Cut the rows of a step into tiles; `least` and `most` choose requests by their number of rows."""
+    rows = tiling.rows(spec)
+    starts = metadata.query_start_loc
+    num_reqs = metadata.num_reqs
+    num_tiles = metadata.num_tokens // rows + num_reqs
+    tiles = torch.empty(num_tiles, 5, dtype=torch.int32, device=starts.device)
+    pdl = uses_pdl(starts) if pdl is None else pdl
+    block_t = 16
+    plan_kernel[(-(-num_tiles // block_t),)](
+        starts, metadata.positions, tiles, num_tiles, spec.sliding_window or 0, num_reqs,
+        LEAST=least, MOST=most, ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
+        HAS_WINDOW=spec.sliding_window is not None, BLOCK_T=block_t,
+        REQUESTS=max(16, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),
+    )  # fmt: skip
+    return TilePlan(tiles, tiling, parts)
+
+
+def attend(
+    q: torch.Tensor,  # [num_tokens, heads, head_dim]
+    kv_cache: torch.Tensor,  # [blocks, 2, kv_heads, block_size, head_dim]
+    out: torch.Tensor,  # [num_tokens, heads, head_dim], written where the plan has rows
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    plan: TilePlan,
+    scratch: Scratch | None = None,
+    early: bool = False,
+) -> None:
+    """Attention of all rows of the plan.
+
+    `early` says that at least one launch lies between the plan's and this one.
+    """
+    _, two, kv_heads, block_size, head_dim = kv_cache.shape
+    if (two, kv_heads, head_dim) != (2, spec.num_kv_heads, spec.head_dim):
+        raise ValueError(f"the KV cache {tuple(kv_cache.shape)} is not that of {spec}")
+    if q.shape != (metadata.num_tokens, spec.num_heads, spec.head_dim) or not q.is_contiguous():
+        raise ValueError(f"queries {tuple(q.shape)} do not fit {spec}")
+    if metadata.block_table.stride(1) != 1:
+        raise ValueError("a row of the block table must be contiguous")
+    max_groups = -(-metadata.max_seq_len // GROUP)
+    parts = plan.parts if max_groups > 1 else 1
+    tiling = plan.tiling
+    if parts > 1:
+        places = metadata.num_tokens * spec.num_heads * max_groups
+        if scratch is None or scratch.stats.numel() < places * 2:
+            raise ValueError(f"{places} sums of groups do not fit the scratch memory")
+        if scratch.counters.numel() < len(plan.tiles) * kv_heads:
+            raise ValueError("too many query tiles for the scratch memory's counters")
+    pdl = uses_pdl(q)
+    has_cap = spec.soft_cap is not None
+    attention_kernel[(len(plan.tiles), kv_heads, parts)](
+        q, kv_cache, out, metadata.block_table, plan.tiles, metadata.positions,
+        out if scratch is None else scratch.sums, out if scratch is None else scratch.stats,
+        plan.tiles if scratch is None else scratch.counters,
+        metadata.block_table.stride(0), max_groups, spec.scale * (1.0 if has_cap else LOG2_E),
+        spec.soft_cap or 1.0, spec.sliding_window or 0,
+        HEADS=spec.num_heads, KV_HEADS=kv_heads, D=head_dim, D_PADDED=max(16, next_power_of_2(head_dim)),
+        BLOCK_SIZE=block_size, BLOCK_Q=tiling.block_q, GROUP=GROUP, PARTS=parts,
+        EARLY=early, STAGES=tiling.stages, HAS_CAP=has_cap, HAS_WINDOW=spec.sliding_window is not None,
+        PRECISION=dot_precision(q.dtype), PDL=pdl, num_warps=tiling.warps, **pdl_options(pdl),
+    )  # fmt: skip

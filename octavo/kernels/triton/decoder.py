@@ -1,0 +1,257 @@
+"""A whole decoder forward on the GPU.
+
+Steps of up to FEW_ROWS rows take five kernels a layer, each a stream of one weight through the
+matrix unit with everything that follows it (see products), and attention between them:
+
+    norm scale, qkv, bias, qk-norm, rotary, store  |  attention  |  o + residual
+    norm scale, gate and up, SiLU·mul  |  down + residual
+
+Larger ones take the library's products and a few pointwise kernels between them. Neither path asks
+the host anything, so both can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
+from octavo.kernels.triton import attention, pointwise, products
+from octavo.kernels.triton.attention import QueryTiling, Scratch, TilePlan
+from octavo.kernels.triton.launch import next_power_of_2
+from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
+
+# Requests with at most this many rows are packed into the narrow query tiles, larger ones into the
+# wide: by the request alone, so that the rows beside it do not decide how it is computed.
+NARROW_ROWS = 16
+NARROW = QueryTiling(block_q=16, stages=4, warps=4)
+WIDE = QueryTiling(block_q=128, stages=3, warps=8)
+WIDE_FLOAT32 = QueryTiling(block_q=16, stages=1, warps=4)
+FEW_ROWS = 64  # beyond, the library's products are faster; up to MAX_ROWS the rows would stay invariant
+_SHARED_ROWS = 32  # above so many rows there are enough query tiles to fill the card
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights, plain: [out, in]."""
+
+    attention: AttentionSpec
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTilings:
+    """How the four products of a layer are cut; the same for all layers."""
+
+    qkv: Tiling
+    o: Tiling
+    gate_up: Tiling
+    down: Tiling
+
+
+def plans_of(
+    metadata: AttentionMetadata, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16
+) -> list[TilePlan]:
+    """The launches that attention of a step takes: narrow query tiles, wide ones, or both."""
+    shared = metadata.num_tokens <= _SHARED_ROWS
+    parts = 1
+    if shared:
+        programs = spec.num_kv_heads * metadata.num_tokens
+        parts = max(1, min(16, 256 // max(1, programs)))
+        parts = next_power_of_2(parts)
+    if metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:
+        return [attention.plan(metadata, spec, NARROW, parts)]
+    wide = WIDE_FLOAT32 if dtype == torch.float32 else WIDE
+    return [
+        attention.plan(metadata, spec, NARROW, parts, most=NARROW_ROWS),
+        attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1),
+    ]
+
+
+class FusedDecoder:
+    """Every layer of one model. Its buffers serve one stream: forwards must not overlap."""
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        table: torch.Tensor,  # [vocab, hidden]
+        final_norm: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+        few_rows: int = FEW_ROWS,
+    ) -> None:
+        """`few_rows`: the most rows that take the five-kernel path; 0 where the model does not fit it."""
+        self._layers = layers
+        self._table = table
+        self._final_norm = final_norm
+        self._cos, self._sin = cos, sin
+        self._eps = eps
+        self.few_rows = few_rows if fits(layers, table) else 0
+        self._scratch: list[Scratch] = []
+        self._tilings: dict[int, LayerTilings] = {}
+        if self.few_rows:
+            self._allocate()
+
+    def _allocate(self) -> None:
+        first, rows, device = self._layers[0], self.few_rows, self._table.device
+        hidden, dtype = self._table.shape[1], self._table.dtype
+        spec = first.attention
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self._stream = empty(rows, hidden)
+        self._scaled = empty(rows, hidden)
+        self._squares = empty(rows, hidden // SQUARES_WIDTH, dtype=torch.float32)
+        self._q = empty(rows, spec.num_heads, spec.head_dim)
+        self._attended = empty(rows, spec.num_heads, spec.head_dim)
+        self._activated = empty(rows, first.down.shape[1])
+        weights = (first.qkv, first.o, first.gate_up, first.down)
+        widest = max(len(weight) for weight in weights)
+        self._workspace = Workspace.allocate(16 * hidden * rows + 4 * widest * rows, 4 * widest // 16, device)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The first layer's attention."""
+        return self._layers[0].attention
+
+    def tilings(self, num_rows: int) -> LayerTilings:
+        """How the products of a step of this size are cut."""
+        padded = products.padded_rows(num_rows)
+        if padded not in self._tilings:
+            first = self._layers[0]
+
+            def choose(kind: str, weight: torch.Tensor) -> Tiling:
+                return products.choose_tiling(kind, weight.shape[0], weight.shape[1], padded)
+
+            self._tilings[padded] = LayerTilings(
+                choose("qkv", first.qkv), choose("residual", first.o),
+                choose("gate_up", first.gate_up), choose("residual", first.down),
+            )  # fmt: skip
+        return self._tilings[padded]
+
+    def set_tilings(self, num_rows: int, tilings: LayerTilings) -> None:
+        """Replace the choice for steps of this size: for measuring."""
+        self._tilings[products.padded_rows(num_rows)] = tilings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [num_tokens] int64
+        positions: torch.Tensor,  # [num_tokens] int64
+        ctx: ForwardContext,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm: [num_tokens, hidden]."""
+        plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype)
+        scratch = self._scratch_for(ctx.attention, plans)
+        if len(input_ids) <= self.few_rows:
+            return self._few(input_ids, positions, ctx, plans, scratch)
+        return self._many(input_ids, positions, ctx, plans, scratch)
+
+    def _few(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        ctx: ForwardContext,
+        plans: list[TilePlan],
+        scratch: Scratch | None,
+    ) -> torch.Tensor:
+        rows, eps, space = len(input_ids), self._eps, self._workspace
+        stream, scaled, squares = self._stream[:rows], self._scaled[:rows], self._squares[:rows]
+        q, attended, activated = self._q[:rows], self._attended[:rows], self._activated[:rows]
+        cut = self.tilings(rows)
+        slots = ctx.attention.slot_mapping
+        pointwise.embed(input_ids, self._table, stream, self._layers[0].input_norm, scaled, squares)
+        for index, layer in enumerate(self._layers):
+            cache = ctx.kv_caches[index]
+            products.qkv(
+                scaled, layer.qkv, layer.qkv_bias, squares, eps, layer.qk_norms, self._cos, self._sin,
+                positions, slots, q, cache, space, cut.qkv,
+            )  # fmt: skip
+            for plan in plans:
+                attention.attend(q, cache, attended, ctx.attention, layer.attention, plan, scratch, True)
+            products.residual(
+                attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm, scaled, squares, space,
+                cut.o,
+            )  # fmt: skip
+            products.gate_up(
+                scaled, layer.gate_up, layer.gate_up_bias, squares, eps, activated, space, cut.gate_up
+            )
+            products.residual(
+                activated, layer.down, layer.down_bias, stream, self._norm_after(index), scaled, squares,
+                space, cut.down,
+            )  # fmt: skip
+        out = torch.empty_like(scaled)
+        pointwise.apply_scale(scaled, squares, out, eps)
+        return out
+
+    def _many(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        ctx: ForwardContext,
+        plans: list[TilePlan],
+        scratch: Scratch | None,
+    ) -> torch.Tensor:
+        eps, slots = self._eps, ctx.attention.slot_mapping
+        stream = torch.empty(
+            len(input_ids), self._table.shape[1], dtype=self._table.dtype, device=self._table.device
+        )
+        pointwise.embed(input_ids, self._table, stream)
+        x = pointwise.norm(stream, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            cache = ctx.kv_caches[index]
+            qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+            q = pointwise.rope_store(qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache)
+            attended = torch.empty_like(q)
+            for plan in plans:
+                attention.attend(q, cache, attended, ctx.attention, layer.attention, plan, scratch, True)
+            x = F.linear(attended.flatten(1), layer.o, layer.o_bias)
+            x = pointwise.norm(x, layer.post_norm, eps, stream)
+            x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
+            x = F.linear(x, layer.down, layer.down_bias)
+            x = pointwise.norm(x, self._norm_after(index), eps, stream)
+        return x
+
+    def _norm_after(self, index: int) -> torch.Tensor:
+        last = index + 1 == len(self._layers)
+        return self._final_norm if last else self._layers[index + 1].input_norm
+
+    def _scratch_for(self, metadata: AttentionMetadata, plans: list[TilePlan]) -> Scratch | None:
+        """Room for the sums that programs share. Earlier rooms stay: captured graphs point there."""
+        if all(plan.parts == 1 for plan in plans):
+            return None
+        spec = self._layers[0].attention
+        groups = -(-metadata.max_seq_len // attention.GROUP)
+        places = _SHARED_ROWS * spec.num_heads * groups
+        if not self._scratch or self._scratch[-1].stats.numel() < places * 2:
+            tiles = _SHARED_ROWS * 2 + 2
+            self._scratch.append(
+                Scratch.allocate(_SHARED_ROWS, metadata.max_seq_len, spec, tiles, metadata.positions.device)
+            )
+        return self._scratch[-1]
+
+
+def fits(layers: list[Layer], table: torch.Tensor) -> bool:
+    """True if the five-kernel path can compute this model."""
+    hidden = table.shape[1]
+    spec = layers[0].attention
+    same = all(
+        (layer.attention.num_heads, layer.attention.num_kv_heads, layer.attention.head_dim)
+        == (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        for layer in layers
+    )
+    power = spec.head_dim >= 16 and spec.head_dim == next_power_of_2(spec.head_dim)
+    return same and power and hidden % SQUARES_WIDTH == 0 and table.dtype != torch.float16

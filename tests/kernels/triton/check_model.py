@@ -1,0 +1,96 @@
+"""Whole models by the Triton kernels against plain torch: paged attention, both decoder paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.triton import interpreter
+
+interpreter.enable()
+
+from octavo.attention.torch_backend import TorchBackend  # noqa: E402
+from octavo.attention.triton_backend import TritonBackend  # noqa: E402
+from octavo.kernels.triton import attention  # noqa: E402
+from octavo.layers.ops import TorchOps  # noqa: E402
+from octavo.models.config import ModelConfig  # noqa: E402
+from octavo.models.gpu_ops import GpuOps  # noqa: E402
+from octavo.models.registry import build_model  # noqa: E402
+from octavo.models.weights import load_weights  # noqa: E402
+from tests.checkpoints import make_checkpoint  # noqa: E402
+from tests.paged import PagedRun  # noqa: E402
+
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+# name -> architecture, config, whether few rows take the five-kernel path
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "llama odd": ("LlamaForCausalLM", {"num_hidden_layers": 2}, False),
+    "llama biases": (
+        "LlamaForCausalLM",
+        {**SMALL, "head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        True,
+    ),
+    "mistral window": ("MistralForCausalLM", {**SMALL, "sliding_window": 37, "head_dim": 16}, True),
+    "qwen3": ("Qwen3ForCausalLM", {**SMALL, "head_dim": 32, "partial_rotary_factor": 0.5}, True),
+}
+
+
+class Layerwise(GpuOps):
+    """The same kernels, layer by layer."""
+
+    def fuse(self, parts: Any, backend: Any) -> None:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def _short_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups within short contexts."""
+    monkeypatch.setattr(attention, "GROUP", 32)
+
+
+def run(folder: Path, ops: Any, backend: Any) -> PagedRun:
+    model = build_model(ModelConfig.from_folder(folder), torch.float32, torch.device("cpu"), ops, backend)
+    load_weights(model, str(folder))
+    return PagedRun(model, backend, 3, 90)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_as_plain_torch(name: str, tmp_path: Path) -> None:
+    architecture, options, few = CASES[name]
+    folder = make_checkpoint(tmp_path / "m", architecture, **options)
+    ops = GpuOps((torch.float32,))
+    expected, ours = run(folder, TorchOps(), TorchBackend()), run(folder, ops, TritonBackend())
+    assert ops.decoder is not None
+    assert (ops.decoder.few_rows > 0) == few
+    steps: list[tuple[list[tuple[int, list[int]]], int]] = [
+        ([(0, list(range(3, 73)))], 0),  # more rows than the five-kernel path takes
+        ([(1, list(range(5, 45))), (0, [5])], 2),  # a chunk, a decode row and padding
+        ([(0, [7]), (1, [9, 10, 11])], 3),  # decode and verify
+        ([(1, [1])], 0),
+    ]
+    for rows, padding in steps:
+        torch.testing.assert_close(
+            ours.step(rows, padding), expected.step(rows, padding), atol=5e-4, rtol=1e-4
+        )
+
+
+def test_layer_by_layer(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", "Qwen3ForCausalLM", num_hidden_layers=1)
+    expected = run(folder, TorchOps(), TorchBackend())
+    ours = run(folder, Layerwise((torch.float32,)), TritonBackend())
+    for rows in ([(0, list(range(40)))], [(0, [3]), (1, [4, 5])]):
+        torch.testing.assert_close(ours.step(rows), expected.step(rows), atol=5e-4, rtol=1e-4)
+
+
+def test_programs_that_share_a_row_fold_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.kernels.triton import decoder
+
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM", num_hidden_layers=1)
+    shared, alone = (run(folder, GpuOps((torch.float32,)), TritonBackend()) for _ in range(2))
+    for each in (shared, alone):
+        each.step([(0, list(range(75)))])
+    together = shared.step([(0, [1])])
+    monkeypatch.setattr(decoder, "_SHARED_ROWS", 0)
+    assert torch.equal(together, alone.step([(0, [1])]))
