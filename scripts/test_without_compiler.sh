@@ -13,7 +13,7 @@ mkdir -p "$work/source" "$work/run" "$work/nothing"
 cp -r octavo _build pyproject.toml README.md LICENSE NOTICE "$work/source/"
 [ -e setup.py ] && cp setup.py "$work/source/"
 find "$work/source" \( -name '*.so' -o -name '*.dylib' -o -name '__pycache__' \) -prune -exec rm -rf {} +
-cp -r tests pyproject.toml _build setup.py "$work/run/"
+cp -r tests pyproject.toml "$work/run/"
 
 # An empty folder as PATH: no cc, gcc, clang, nor anything else. CC would name one as well.
 hidden=(env -u CC PATH="$work/nothing")
