@@ -32,6 +32,7 @@ _VIEWS = ((0, 2.0), (0, 6.0), (1, 4.0), (1, 15.0), (1, 80.0))
 _DECAYS = (_FAST, _SLOW)
 _SCORE_DECAY = 0.985  # a forecast
 _FIRST_VIEW = 2
+_BEYOND_LUCK = 9.0  # squared standard deviations
 _POSITION_WEIGHT = 6.0  # at least; pseudo-counts of a position's expectation against its own counts
 _MATCH_WEIGHT = 4.0  # the same for the chance of a match
 _MAX_STEPS_DECAYED = 4  # for one observation, however long ago the last one was
@@ -203,6 +204,10 @@ class RequestAcceptance:
             seen += count
             usual += count * rates[position]
         like_others = (usual + rates[0]) / (seen + 1.0)
+        # A record that luck cannot explain stands for itself, however alike the others are.
+        deviation = (got - usual) ** 2 / (usual * (1.0 - like_others) + 0.25)
+        if deviation > _BEYOND_LUCK:
+            weight *= _BEYOND_LUCK / deviation
         own = (got + weight * like_others) / (seen + weight)
         odds = own * (1.0 - like_others) / ((1.0 - own) * like_others)
         weight = max(_POSITION_WEIGHT, weight)

@@ -85,7 +85,9 @@ class Trials:
         ]
         if not idle:
             return
-        chosen = [index for _, index in heapq.nsmallest(_EXPLORE_TOGETHER, idle)]
+        chosen = [index for since, index in idle if since < 0]  # those whose last draft was right
+        if not chosen:
+            chosen = [index for _, index in heapq.nsmallest(_EXPLORE_TOGETHER, idle)]
         cost = cost_of(chosen)
         if not self._pay(cost):
             # Not before the allowance can have grown that far: half of that, as times vary.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from octavo.core.draft_budget import DraftBudget, DraftPlan, StepFacts, StepResult
+from octavo.core.draft_choice import Curve
 from tests.core.draft_simulation import (
     CPU,
     GPU,
@@ -220,6 +221,44 @@ def test_each_request_gets_its_own_number() -> None:
     _, same_for_all = run("cpu", 8, half_good, length=100_000, seconds=8.0, fixed=1)
     assert outcome.rate > 1.15 * same_for_all.rate
     assert budget.report.net_speedup > 1.3
+
+
+def test_one_good_request_among_many_drafts_alone() -> None:
+    def one_good(index: int) -> Rate:
+        return constant(0.97 if index == 3 else 0.0)
+
+    _, outcome = run("cpu", 32, one_good, length=100_000, seconds=24.0)  # the batch gains less than 3%
+    later = outcome.counts[150:]
+    assert sum(counts[3] for counts in later) > 1.0 * len(later)
+    assert sum(map(sum, later)) < 1.3 * sum(counts[3] for counts in later)
+
+
+def test_a_new_request_starts_with_what_pays_for_the_others() -> None:
+    budget, _ = run("gpu", 8, all_alike(0.8))
+    assert budget.add("new", lookup="lookup").chosen[0] >= 4
+    budget, _ = run("gpu", 8, all_alike(0.0))
+    assert budget.add("new", lookup="lookup").chosen[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("chance", "in_force", "count"), [(0.03, 1, 0), (0.05, 1, 1), (0.05, 0, 0), (0.1, 0, 1)]
+)
+def test_three_percent_to_start_and_nothing_to_stop(chance: float, in_force: int, count: int) -> None:
+    budget = make_budget(CPU)  # a second row costs 3.7%
+    state = budget.add("r", lookup="lookup")
+    state.free = state.passed = Curve([chance])
+    state.chosen = [in_force, in_force]
+    assert budget.plan(StepFacts([state], [1000], 100)).num_drafts == [count]
+
+
+def test_a_request_whose_explored_draft_was_right_is_explored_again_first() -> None:
+    budget = make_budget(CPU)
+    facts = facts_of(budget, 2)
+    for state in facts.states:
+        state.chosen, state.explored = [0, 0], 7
+    budget.observe(result_of(DraftPlan(facts.states, [0, 0]), [1, 1], [0, 1]))
+    first, second = facts.states
+    assert second.explored < first.explored
 
 
 def test_noise_alone_changes_little() -> None:
