@@ -111,8 +111,10 @@ def check_against_the_best(name: str, model: bool, batch: int, acceptance: float
     plain = best if count == 0 else run(name, batch, all_alike(acceptance), model, fixed=0)[1]
     assert auto.rate > (0.95 if not error else 0.93) * best.rate
     assert auto.rate > 0.99 * plain.rate
-    # What is reported is what was true.
-    assert budget.report.net_speedup == pytest.approx(auto.rate / plain.rate, rel=0.04)
+    # What is reported is what was true. A wrong start-up measurement of plain steps is only corrected
+    # by the windows, and the larger the gain the fewer the allowance pays.
+    tolerance = 0.10 if error else 0.04
+    assert budget.report.net_speedup == pytest.approx(auto.rate / plain.rate, rel=tolerance)
 
 
 @pytest.mark.parametrize(("name", "model", "batch", "acceptance"), CASES)
