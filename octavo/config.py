@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ConfigError, NotInThisVersionError
+from octavo.other_names import option_advice
 
 if TYPE_CHECKING:
     from octavo.models.config import ModelConfig
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "half", "float16", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 SPECULATIVE_METHODS = ("draft_model", "prompt_lookup", "ngram", "suffix", "predicted", "hybrid")
-_SPECULATIVE_KEYS = ("method", "model", "num_speculative_tokens", "acceptance", "synthetic_acceptance_rates")
+_SPECULATIVE_KEYS = (
+    "method", "model", "num_speculative_tokens", "acceptance", "synthetic_acceptance_rates", "history_tokens",
+    "draft_kv_share",
+)  # fmt: skip
+MODEL_METHODS = ("draft_model", "hybrid")  # those with a draft model
+DRAFT_KV_SHARE = 0.1  # of the KV cache's bytes: the draft model's own
+HISTORY_TOKENS = 1 << 18  # of earlier outputs, which method="suffix" remembers
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
 
 
@@ -62,10 +69,16 @@ class SpeculativeConfig:
 
     method: str
     num_speculative_tokens: int | None  # 0-16 drafts a step for each request; None is "auto"
+    acceptance: str = "replay"  # or "rejection"
+    # Benchmarks only: the chance that draft 1, 2, … is accepted if those before it were. Empty: off.
+    synthetic_acceptance_rates: tuple[float, ...] = ()
+    history_tokens: int = 0  # of earlier outputs, for method="suffix"; 0: none
+    model: str | None = None  # the draft model's name; None: the method has none
+    draft_kv_share: float = DRAFT_KV_SHARE
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> SpeculativeConfig:
-        """Raises ConfigError naming the key that is wrong, NotInThisVersionError for known gaps."""
+        """Raises ConfigError naming the key that is wrong."""
         for key in given:
             if key not in _SPECULATIVE_KEYS:
                 near = difflib.get_close_matches(str(key), _SPECULATIVE_KEYS, n=1)
@@ -81,24 +94,84 @@ class SpeculativeConfig:
                 f"speculative method {method!r} is not one of {', '.join(SPECULATIVE_METHODS)} "
                 f"or a dotted name such as package.module:Class{hint}"
             )
-        if method in ("draft_model", "suffix", "hybrid"):
-            raise NotInThisVersionError(f"speculative method {method!r}")
         acceptance = given.get("acceptance", "replay")
         if acceptance not in ("replay", "rejection"):
             raise ConfigError(f"speculative acceptance must be replay or rejection, not {acceptance!r}")
-        if acceptance == "rejection":
-            raise NotInThisVersionError("speculative acceptance 'rejection'")
-        if "synthetic_acceptance_rates" in given:
-            raise NotInThisVersionError("speculative synthetic_acceptance_rates")
-        if "model" in given:
-            raise ConfigError(f"speculative method {method!r} takes no model")
+        rates = _synthetic_rates(given.get("synthetic_acceptance_rates"))
+        if rates and acceptance == "rejection":
+            raise ConfigError(
+                "synthetic_acceptance_rates say which drafts are accepted, so there is nothing to reject by: "
+                "leave acceptance at replay, or leave the rates out"
+            )
+        model, share = _draft_model(given, method)
         count = given.get("num_speculative_tokens", "auto")
         if count != "auto" and (
             isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= 16
         ):
             raise ConfigError(f'num_speculative_tokens must be "auto" or 0 to 16, not {count!r}')
         name = "prompt_lookup" if method == "ngram" else method
-        return cls(name, None if count == "auto" else count)
+        return cls(
+            name,
+            None if count == "auto" else count,
+            acceptance,
+            rates,
+            _history_tokens(given.get("history_tokens"), method),
+            model,
+            share,
+        )
+
+    @property
+    def has_lookup(self) -> bool:
+        """True if drafts may come without a pass of a draft model."""
+        return self.method != "draft_model"
+
+
+def _draft_model(given: dict[str, Any], method: str) -> tuple[str | None, float]:
+    """The keys `model` and `draft_kv_share`, which belong to the methods with a draft model."""
+    if method not in MODEL_METHODS:
+        for key in ("model", "draft_kv_share"):
+            if key in given:
+                raise ConfigError(
+                    f"speculative method {method!r} takes no {key}; a draft model belongs to "
+                    f"{' or '.join(MODEL_METHODS)}"
+                )
+        return None, DRAFT_KV_SHARE
+    model = given.get("model")
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str) or not model:
+        raise ConfigError(
+            f"speculative method {method!r} needs a model: a folder, a .gguf file, a hub id, or an alias"
+        )
+    share = given.get("draft_kv_share", DRAFT_KV_SHARE)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+        raise ConfigError(
+            f"draft_kv_share is the size of the draft model's KV cache as a share of the target's, above 0 and "
+            f"at most 1, not {share!r}"
+        )
+    return model, float(share)
+
+
+def _synthetic_rates(given: object) -> tuple[float, ...]:
+    if given is None:
+        return ()
+    rule = "synthetic_acceptance_rates must be a list of 1 to 16 numbers from 0 to 1"
+    if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= 16:
+        raise ConfigError(f"{rule}, not {given!r}")
+    for rate in given:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate <= 1.0:
+            raise ConfigError(f"{rule}; {rate!r} is none")
+    return tuple(float(rate) for rate in given)
+
+
+def _history_tokens(given: object, method: str) -> int:
+    if given is None:
+        return HISTORY_TOKENS if method == "suffix" else 0
+    if method != "suffix":
+        raise ConfigError(f"speculative method {method!r} keeps no history; history_tokens is for suffix")
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= 1 << 26:
+        raise ConfigError(f"history_tokens must be 0 (no history) to {1 << 26}, not {given!r}")
+    return given
 
 
 @dataclass(frozen=True)
@@ -151,6 +224,9 @@ class EngineArgs:
         names = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in names:
+                advice = option_advice(name)
+                if advice is not None:
+                    raise ConfigError(f"unknown option {name}: {advice}")
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f". Options: {', '.join(names)}"
                 raise ConfigError(f"unknown option {name}{hint}")
@@ -258,6 +334,15 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class DraftConfig:
+    """The draft model as resolved; it runs in the engine's dtype."""
+
+    name: str  # as the user wrote it
+    model: ModelConfig
+    model_path: Path
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything an engine is built from; made by `octavo.engine.setup.resolve`."""
 
@@ -273,3 +358,4 @@ class EngineConfig:
     pipeline_depth: int
     attention_backend: str
     speculative: SpeculativeConfig | None
+    draft: DraftConfig | None = None  # None: no draft model

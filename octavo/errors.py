@@ -9,6 +9,10 @@
     │   ├── UnsupportedModelError   the architecture is not supported
     │   └── CheckpointError         the files are damaged, incomplete or do not fit the config
     ├── InsufficientMemoryError     the memory plan does not fit; names the knobs that would help
+    ├── BusyError                   a server cannot take a request now; later it may
+    │   ├── QueueFullError          its queue is full; says when to try again
+    │   └── ServerDrainingError     it is about to end and takes no new requests
+    ├── RequestTimeoutError         a request took longer than the server allows
     └── EngineDeadError             the engine stopped; carries the first cause
 
 A message is one readable block: what is wrong, and what to change. The command line prints it
@@ -31,10 +35,13 @@ class ConfigError(OctavoError, ValueError):
 
 
 class NotInThisVersionError(ConfigError):
-    """A feature that is known and planned, and refused before anything is loaded."""
+    """A feature that is known and planned, and refused before anything is loaded.
 
-    def __init__(self, feature: str) -> None:
-        super().__init__(f"{feature} is not in this version of Octavo")
+    `instead` says what to do, where leaving the feature out is not the answer.
+    """
+
+    def __init__(self, feature: str, instead: str = "") -> None:
+        super().__init__(f"{feature} is not in this version of Octavo" + (f"; {instead}" if instead else ""))
         self.feature = feature
 
 
@@ -64,6 +71,26 @@ class CheckpointError(ModelError):
 
 class InsufficientMemoryError(OctavoError):
     """The memory plan does not fit. The message names the knobs and values that would."""
+
+
+class BusyError(OctavoError):
+    """A server cannot take a request now. `retry_after` is a guess, in whole seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFullError(BusyError):
+    """As many requests wait as the server lets wait (HTTP 429)."""
+
+
+class ServerDrainingError(BusyError):
+    """The server is about to end: open requests are finished, new ones refused (HTTP 503)."""
+
+
+class RequestTimeoutError(OctavoError):
+    """A request took longer than the server allows, and was aborted (HTTP 504)."""
 
 
 class EngineDeadError(OctavoError):

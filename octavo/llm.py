@@ -146,7 +146,23 @@ class LLM:
         """Embeddings are not in this version."""
         raise NotInThisVersionError("embed")
 
+    def score(self, *texts: Any, **options: Any) -> Any:
+        """Scores are not in this version."""
+        raise NotInThisVersionError("score")
+
+    def rerank(self, *texts: Any, **options: Any) -> Any:
+        """Reranking is not in this version."""
+        raise NotInThisVersionError("rerank")
+
     # ------------------------------------------------------------------ life
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """What the model's generation_config.json says of sampling, under its own names.
+
+        `SamplingParams(…).with_defaults(llm.generation_defaults)` fills in what was left open.
+        """
+        return self._engine_parts().generation_defaults
 
     def shutdown(self) -> None:
         """Stop the engine and free its memory. May be called twice."""

@@ -75,10 +75,12 @@ class SpeculationStep:
 
 @dataclass(slots=True)
 class SpeculationMetrics:
-    """What speculation did for one request.
+    """What speculation did for one request (or, in the engine's totals, for all).
 
-    `drafted_by_position[i]` counts the drafts that had a token at position i, `accepted_by_position`
-    those of them that were accepted there.
+    `drafted_by_position[i]` counts the verifications that had a draft at position i,
+    `reached_by_position[i]` those of them in which all drafts before it were accepted, and
+    `accepted_by_position[i]` those in which it was accepted too. Drafts behind a request's end were
+    neither accepted nor refused, and are not counted.
     """
 
     drafted: int = 0
@@ -86,9 +88,16 @@ class SpeculationMetrics:
     num_steps: int = 0  # verifications, those without a draft included
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
+    reached_by_position: list[int] = field(default_factory=list)
+    # Device time of the steps that made and verified drafts: this request's part, by drafts and rows.
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     steps: list[SpeculationStep] | None = None  # only with trace=True
+    # Drafts were accepted by coins (synthetic_acceptance_rates): the text means nothing.
+    synthetic: bool = False
+    num_cut: int = 0  # drafts of a fixed number that a limit (token budget, KV memory) did not allow
+    # Time of plain decoding for the same tokens ÷ time taken, estimated; None before it can be.
+    net_speedup: float | None = None
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -100,6 +109,16 @@ class SpeculationMetrics:
         """Tokens a verification brought, the target's own included; None before the first one."""
         return 1.0 + self.accepted / self.num_steps if self.num_steps else None
 
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Of all drafts at each position, the share that was accepted."""
+        return _ratios(self.accepted_by_position, self.drafted_by_position)
+
+    @property
+    def conditional_acceptance_by_position(self) -> list[float]:
+        """Of the drafts at each position whose predecessors were all accepted, the share accepted."""
+        return _ratios(self.accepted_by_position, self.reached_by_position)
+
     def record(self, num_drafted: int, num_accepted: int) -> None:
         """Count one verification of `num_drafted` drafts, of which the first `num_accepted` held."""
         if not 0 <= num_accepted <= num_drafted:
@@ -110,9 +129,11 @@ class SpeculationMetrics:
         missing = num_drafted - len(self.drafted_by_position)
         self.drafted_by_position.extend([0] * missing)
         self.accepted_by_position.extend([0] * missing)
+        self.reached_by_position.extend([0] * missing)
         for position in range(num_drafted):
             self.drafted_by_position[position] += 1
             self.accepted_by_position[position] += position < num_accepted
+            self.reached_by_position[position] += position <= num_accepted
 
 
 @dataclass(slots=True)
@@ -174,7 +195,8 @@ class RequestMetrics:
         if self.num_preemptions:
             parts.append(f"preemptions={self.num_preemptions}")
         if self.speculation is not None:
-            parts.append(f"accepted={self.speculation.accepted}/{self.speculation.drafted} drafts")
+            how = " (SYNTHETIC acceptance)" if self.speculation.synthetic else ""
+            parts.append(f"accepted={self.speculation.accepted}/{self.speculation.drafted} drafts{how}")
         return f"RequestMetrics({', '.join(parts)})"
 
 
@@ -205,7 +227,30 @@ class RequestOutput:
     def __repr__(self) -> str:
         prompt = _short(self.prompt) if self.prompt is not None else f"{len(self.prompt_token_ids)} token ids"
         state = "" if self.finished else ", unfinished"
+        if self.metrics is not None and self.metrics.speculation is not None:
+            if self.metrics.speculation.synthetic:
+                state += ", SYNTHETIC acceptance: the text means nothing"
         return f"RequestOutput({self.request_id}, prompt={prompt}, outputs={self.outputs!r}{state})"
+
+
+def _ratios(parts: list[int], wholes: list[int]) -> list[float]:
+    """Up to the first position of which nothing is known."""
+    known = wholes.index(0) if 0 in wholes else len(wholes)
+    return [part / whole for part, whole in zip(parts[:known], wholes[:known], strict=True)]
+
+
+def join_deltas(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """Two successive outputs that each hold what was new, as one. Both are used up."""
+    for old, new in zip(earlier.outputs, later.outputs, strict=True):
+        new.text = old.text + new.text
+        old.token_ids += new.token_ids
+        new.token_ids = old.token_ids
+        if old.logprobs is not None:
+            old.logprobs += new.logprobs or []
+            new.logprobs = old.logprobs
+    if later.prompt_logprobs is None:
+        later.prompt_logprobs = earlier.prompt_logprobs
+    return later
 
 
 def _span(start: float | None, end: float | None) -> float | None:

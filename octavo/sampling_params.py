@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from octavo import other_names
 from octavo.core.mix import fold_seed
 from octavo.errors import ConfigError, RequestError
 
@@ -30,32 +31,6 @@ MAX_N = 16_384
 MAX_LOGPROBS = 1_024
 MAX_SPECULATIVE_TOKENS = 16
 _MAX_TOKEN_ID = 2**31 - 1  # token ids are int32 on the device
-
-# Names from other libraries, where spelling alone would not lead to ours.
-_OTHER_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "num_return_sequences": "n",
-    "do_sample": "temperature (0 is greedy)",
-    "stop_strings": "stop",
-    "stop_sequences": "stop",
-    "eos_token_id": "stop_token_ids",
-    "top_logprobs": "logprobs",
-    "suppress_tokens": "logit_bias",
-    "bad_words_ids": "bad_words",
-    "guided_decoding": "structured_outputs",
-    "guided_json": "structured_outputs={'json': …}",
-    "guided_regex": "structured_outputs={'regex': …}",
-    "guided_grammar": "structured_outputs={'grammar': …}",
-    "guided_choice": "structured_outputs={'choice': […]}",
-    "response_format": "structured_outputs={'json': …}",
-    "use_beam_search": "best_of",
-    "num_beams": "best_of",
-    "num_draft_tokens": "num_speculative_tokens",
-}
 
 # generation_config.json's names for our fields
 _GENERATION_CONFIG_FIELDS = {
@@ -75,7 +50,7 @@ T = TypeVar("T")
 def unknown_name_message(name: str, known: Iterable[str], owner: str) -> str:
     """'no such parameter' with the nearest name, for any set of keyword arguments."""
     names = sorted(known)
-    near = _OTHER_NAMES.get(name) if owner == "SamplingParams" else None
+    near = other_names.SAMPLING.get(name) if owner == "SamplingParams" else None
     if near is None:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         near = close[0] if close else None

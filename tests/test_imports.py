@@ -41,9 +41,10 @@ BELOW: dict[str, set[str]] = {
     "messages": {"sampling_params"},
     "seam": set(),
     "outputs": {"errors"},
-    "config": {"errors"},
-    "sampling_params": {"mix", "errors"},
+    "config": {"errors", "other_names"},
+    "sampling_params": {"mix", "errors", "other_names"},
     "mix": set(),
+    "other_names": set(),
     "errors": set(),
 }
 # Modules of a folder that are shared more widely than the folder itself: the two messages between

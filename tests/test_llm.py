@@ -319,6 +319,10 @@ def test_no_prompts_give_no_outputs(llm: LLM) -> None:
     ("options", "error", "message"),
     [
         ({"max_model_length": 5}, ConfigError, "did you mean max_model_len"),
+        ({"torch_dtype": "float16"}, ConfigError, "here it is called dtype"),
+        ({"task": "embed"}, ConfigError, "not in this version"),
+        ({"enable_chunked_prefill": True}, ConfigError, "always computed in chunks"),
+        ({"chat_template": "/nowhere.jinja"}, ConfigError, "neither a jinja template nor a file"),
         ({"dtype": "bf16"}, ConfigError, "bfloat16"),
         ({"dtype": 3}, ConfigError, "dtype must be str"),
         ({"max_num_seqs": 0}, ConfigError, "at least 1"),
@@ -358,6 +362,47 @@ def test_unknown_models(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM"):
         LLM(str(folder))
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "Qwen3ForSequenceClassification"])
+def test_models_that_generate_no_text(tmp_path: Path, architecture: str) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    with pytest.raises(
+        UnsupportedModelError, match="embeddings, scores and reranking are not in this version"
+    ):
+        LLM(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"temperature": -3}, r"generation_config\.json: temperature must be a number from 0"),
+        ({"eos_token_id": "</s>"}, r"generation_config\.json: field 'eos_token_id' must be a token id"),
+        ({"top_k": 1.5}, r"generation_config\.json: top_k must be a whole number"),
+    ],
+)
+def test_a_bad_generation_config_is_named(tmp_path: Path, generation: dict[str, Any], message: str) -> None:
+    folder = make_checkpoint(tmp_path / "m", generation=generation)
+    with pytest.raises(CheckpointError, match=message):
+        LLM(str(folder))
+
+
+def test_fewer_rows_than_requests_is_warned_of_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"kv_cache_memory": "8MB", "max_num_seqs": 8}
+    with caplog.at_level(logging.WARNING, "octavo"):
+        LLM(str(folder), max_num_batched_tokens=8, **options).shutdown()
+        assert "max_num_seqs" not in caplog.text
+        LLM(str(folder), max_num_batched_tokens=7, **options).shutdown()
+    (record,) = [record for record in caplog.records if "max_num_seqs=8" in record.getMessage()]
+    assert "raise max_num_batched_tokens, or lower max_num_seqs" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["embed", "score", "rerank"])
+def test_pooling_is_refused(llm: LLM, name: str) -> None:
+    with pytest.raises(NotInThisVersionError, match=name):
+        getattr(llm, name)(["a"], ["b"]) if name != "embed" else llm.embed(["a"])
 
 
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:

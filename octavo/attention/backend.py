@@ -25,13 +25,14 @@ class AttentionMetadata:
 
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32, token rows of the requests, cumulative
     seq_lens: torch.Tensor  # [num_reqs] int32, KV length including this step's valid rows
-    block_table: torch.Tensor  # [num_reqs, max_blocks] int32; a row's stride may exceed max_blocks
+    block_table: torch.Tensor  # [num_reqs or more, max_blocks] int32; a row's stride may exceed max_blocks
     slot_mapping: torch.Tensor  # [num_tokens] int64, block_id * block_size + offset, or -1
     positions: torch.Tensor  # [num_tokens] int64, or -1
     num_reqs: int
     num_tokens: int
     max_query_len: int
     max_seq_len: int  # an upper bound; the host knows no better
+    table_rows: torch.Tensor | None = None  # [num_reqs] int32, rows of block_table; None: 0, 1, 2 …
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,10 @@ class TritonBackend:
 
     name = "triton"
 
+    def __init__(self, one_tiling: bool = False) -> None:
+        """`one_tiling`: chunks are cut as decode rows are; see octavo.models.gpu_ops."""
+        self._one_tiling = one_tiling
+
     def kv_cache_shape(self, num_blocks: int, block_size: int, spec: AttentionSpec) -> tuple[int, ...]:
         """Shape of one layer's KV cache."""
         return (num_blocks, 2, spec.num_kv_heads, block_size, spec.head_dim)
@@ -46,7 +50,7 @@ class TritonBackend:
 
         query = query.contiguous()
         output = torch.zeros_like(query)
-        plans = plans_of(metadata, spec, query.dtype)
+        plans = plans_of(metadata, spec, query.dtype, self._one_tiling)
         scratch = None
         if any(plan.parts > 1 for plan in plans):
             scratch = attention.Scratch.allocate(

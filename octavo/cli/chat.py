@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octavo.cli.console import Speed, load_llm, stream_answer, with_model_defaults
+from octavo.cli.console import (
+    Speed,
+    as_text,
+    load_llm,
+    read_stdin,
+    stdin_is_typed,
+    stream_answer,
+    with_model_defaults,
+)
 from octavo.cli.options import (
     SectionCommand,
     engine_kwargs,
@@ -59,7 +67,7 @@ def command(
         raise NotInThisVersionError("octavo chat --url")
     params = sampling_params(given)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
     llm = load_llm(engine_kwargs(model, given), quiet=quiet)
     try:
         chat = Chat(llm, with_model_defaults(llm, params), system)
@@ -110,20 +118,23 @@ class Chat:
 
 def _converse(chat: Chat) -> None:
     """Read lines until /exit or the end of input."""
-    interactive = sys.stdin.isatty()
+    interactive = stdin_is_typed()
     if interactive:
         with contextlib.suppress(ImportError):  # line editing and history, where Python has it
             import readline  # noqa: F401
         click.echo("Type a message; /help lists the commands, /exit leaves.", err=True)
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = _read_line(interactive).strip()
         except EOFError:
             if interactive:
                 click.echo(err=True)
             return
         except KeyboardInterrupt:
             click.echo("\n(/exit or Ctrl-D leaves)", err=True)
+            continue
+        except RequestError as error:
+            click.echo(f"octavo: error: {error}", err=True)
             continue
         if not line:
             continue
@@ -135,6 +146,21 @@ def _converse(chat: Chat) -> None:
             chat.answer(line)
         except RequestError as error:  # too long a conversation, say; the engine is fine
             click.echo(f"octavo: error: {error}", err=True)
+
+
+def _read_line(interactive: bool) -> str:
+    """What is typed or piped in next. Raises EOFError at the end, RequestError if it is not UTF-8."""
+    if not interactive:
+        raw = sys.stdin.buffer.readline()
+        if not raw:
+            raise EOFError
+        return as_text(raw)
+    if sys.stdin is None:
+        raise EOFError
+    try:
+        return input("> ")
+    except UnicodeDecodeError as error:
+        raise RequestError("that line is not UTF-8 text; set the terminal to UTF-8") from error
 
 
 def _obey(chat: Chat, line: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +38,32 @@ def with_model_defaults(llm: LLM, params: SamplingParams | None) -> SamplingPara
 
     (In Python, a SamplingParams that was built by hand is taken as it is.)
     """
-    file = Path(llm.model_path) / "generation_config.json"
-    if params is None or not file.is_file():
-        return params
-    return params.with_defaults(json.loads(file.read_text(encoding="utf-8")))
+    return None if params is None else params.with_defaults(llm.generation_defaults)
+
+
+def stdin_is_typed() -> bool:
+    """True if nothing is piped in: stdin is a terminal, or closed."""
+    return sys.stdin is None or sys.stdin.isatty()
+
+
+def read_stdin() -> str:
+    """All that is piped in, less the newline that ends it, which is not part of the text."""
+    if sys.stdin is None:
+        raise click.UsageError("stdin is closed: pipe a text in, or give it with --prompt.")
+    return as_text(sys.stdin.buffer.read()).removesuffix("\n")
+
+
+def as_text(raw: bytes) -> str:
+    """Bytes of stdin as text, with plain newlines. Raises RequestError if they are not UTF-8."""
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise octavo.errors.RequestError(
+            f"stdin is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}, at offset "
+            f"{error.start:,}. Convert it first, say with: iconv -f LATIN1 -t UTF-8",
+            "prompt",
+        ) from error
 
 
 class _ToStderr(logging.Handler):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octavo.cli.console import load_llm, stream_answer, with_model_defaults
+from octavo.cli.console import load_llm, read_stdin, stdin_is_typed, stream_answer, with_model_defaults
 from octavo.cli.options import (
     SectionCommand,
     engine_kwargs,
@@ -56,13 +56,12 @@ def command(
 
 def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
     if not prompts:
-        if sys.stdin.isatty():
+        if stdin_is_typed():
             raise click.UsageError("No prompt: give --prompt TEXT, or pipe one in.")
         prompts = ("-",)
     if prompts.count("-") > 1:
         raise click.UsageError("--prompt - reads all of stdin, so it can be given once only.")
-    # The newline that ends a piped text is not part of the prompt.
-    return [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+    return [read_stdin() if prompt == "-" else prompt for prompt in prompts]
 
 
 def _stream_one(llm: LLM, prompt: str, params: SamplingParams | None, stats: bool) -> None:

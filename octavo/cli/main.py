@@ -4,11 +4,13 @@ A verb's module is imported when the verb is called, never for `octavo --help`: 
 holds all that the overview needs. Errors raised on purpose are printed as one block without a
 traceback; `--debug` shows it.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage; as a shell has them, 130 interrupted, 141 nobody reads the
+output any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -20,11 +22,15 @@ from typing import NoReturn
 
 import click
 
-from octavo import __version__
+from octavo import __version__, other_names
 from octavo.errors import NotInThisVersionError, OctavoError
+
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells count
+COMPLETION = "_OCTAVO_COMPLETE"  # click's name for it
 
 # verb -> (module with a click command named `command`, one line of help)
 VERBS = {
+    "serve": ("octavo.cli.serve", "OpenAI-compatible server."),
     "chat": ("octavo.cli.chat", "Talk to a model in the terminal."),
     "generate": ("octavo.cli.generate", "Continue one or more prompts."),
     "models": ("octavo.cli.models", "List what is supported and what is in the cache."),
@@ -32,7 +38,6 @@ VERBS = {
     "plan": ("octavo.cli.plan", "Show whether a model fits here, without loading it."),
 }
 VERBS_TO_COME = {
-    "serve": "OpenAI-compatible server.",
     "bench": "Measure one engine.",
     "compare": "Run the same work through several engines.",
     "batch": "Offline jobs.",
@@ -89,9 +94,7 @@ class VerbGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         verb = args[0]
         if not verb.startswith("-") and verb not in VERBS and verb not in VERBS_TO_COME:
-            near = difflib.get_close_matches(verb, self.list_commands(ctx), n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VERBS)}."
-            raise click.UsageError(f"No such verb {verb!r}. {hint}", ctx)
+            raise click.UsageError(f"No such verb {verb!r}. {_hint(verb)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -99,6 +102,16 @@ class VerbGroup(click.Group):
             formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
         with formatter.section("Not in this version"):
             formatter.write_dl(list(VERBS_TO_COME.items()))
+
+
+def _hint(verb: str) -> str:
+    """What to type instead of a verb that does not exist."""
+    if verb in other_names.VERBS:
+        return f"Here it is called {other_names.VERBS[verb]}."
+    if verb in other_names.VERBS_ADVICE:
+        return other_names.VERBS_ADVICE[verb]
+    near = difflib.get_close_matches(verb, [*VERBS, *VERBS_TO_COME], n=1)
+    return f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VERBS)}."
 
 
 def _refusing_command(verb: str) -> click.Command:
@@ -143,24 +156,22 @@ def _show_version(context: click.Context) -> None:
 def main(arguments: Sequence[str] | None = None, command: click.Command = cli) -> int:
     """Run the command line (or one command of it) and return its exit code; nothing is raised."""
     session = Session()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result = command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name=command.name,
-            standalone_mode=False,
-            obj=session,
-        )
+        # Not command.main(), which has its own mind about closed pipes and exit codes.
+        with command.make_context(command.name, given, obj=session) as context:
+            result = command.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as done:  # --help, --version
+        return done.exit_code
     except click.ClickException as error:  # wrong usage; click words it and suggests
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return 130
+        click.echo(err=True)  # the terminal shows ^C without ending the line
+        return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output went away (`octavo models | head`). Python flushes stdout once
-        # more at exit, which must not fail loudly.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _nobody_reads()
     except OctavoError as error:
         _show_error(str(error), session)
         return error.exit_code
@@ -172,6 +183,16 @@ def main(arguments: Sequence[str] | None = None, command: click.Command = cli) -
     return result if isinstance(result, int) else 0
 
 
+def _nobody_reads() -> int:
+    """Whoever read our output went away (`octavo models | head`): end quietly, as other programs do.
+
+    Python flushes what is left at exit, which must not fail loudly.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stdout may be anything by now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
+
+
 def _show_error(message: str, session: Session) -> None:
     if session.debug:
         traceback.print_exc()
@@ -179,5 +200,10 @@ def _show_error(message: str, session: Session) -> None:
 
 
 def run() -> NoReturn:
-    """Entry point of the console script."""
+    """Entry point of the console script; also of the shell completion that it prints itself."""
+    instruction = os.environ.get(COMPLETION)
+    if instruction:  # eval "$(_OCTAVO_COMPLETE=bash_source octavo)"
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(cli, {}, "octavo", COMPLETION, instruction))
     sys.exit(main())

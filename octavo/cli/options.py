@@ -8,12 +8,14 @@ the model's generation_config), not here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 import click
 
+from octavo import other_names
 from octavo.config import EngineArgs
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
@@ -66,6 +68,16 @@ class SectionOption(click.Option):
 class SectionCommand(click.Command):
     """A command whose help groups SectionOptions under their headings, after its own options."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; a flag of another engine is answered with ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            advice = _flag_advice(error.option_name)
+            if advice is None:
+                raise
+            raise click.UsageError(f"No such option: {error.option_name}: {advice}", ctx) from None
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
@@ -109,7 +121,7 @@ def engine_options(function: Function) -> Function:
 
 def _engine_option(field: Field[Any]) -> Callable[[Function], Function]:
     metadata: Mapping[str, Any] = field.metadata
-    flag = metadata.get("flag") or _FLAG_NAMES.get(field.name) or f"--{field.name.replace('_', '-')}"
+    flag = metadata.get("flag") or _flag_of(field.name)
     text = metadata["help"]
     if field.default is not None:
         shown = ("on" if field.default else "off") if field.type == "bool" else field.default
@@ -130,6 +142,24 @@ def _engine_option(field: Field[Any]) -> Callable[[Function], Function]:
         help=text,
         cls=_EngineOption,
     )
+
+
+def _flag_of(field_name: str) -> str:
+    return _FLAG_NAMES.get(field_name) or f"--{field_name.replace('_', '-')}"
+
+
+def _flag_advice(flag: str) -> str | None:
+    """What to write instead of a flag that only other engines have; None if we know of none."""
+    name = flag.lstrip("-").replace("-", "_")
+    ours = other_names.OPTIONS.get(name, name)
+    if ours == "model":
+        return "the model is the first argument, as in octavo generate MODEL"
+    if ours != name:
+        return f"here it is called {_flag_of(ours)}"
+    if name in other_names.SAMPLING:
+        parameter, rest = re.split(r"(?!\w)", other_names.SAMPLING[name], maxsplit=1)
+        return f"here it is called --{parameter.replace('_', '-')}{rest}"
+    return other_names.OPTIONS_ADVICE.get(name)
 
 
 def engine_kwargs(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,9 +50,10 @@ from octavo.core.draft_in_force import (
     count_worth,
     promise,
 )
-from octavo.core.draft_limits import catch_up, draft_room, keep_limits
+from octavo.core.draft_limits import catch_up, draft_room, keep_limits, leave_out_blocked
 from octavo.core.draft_plan import BudgetReport, DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
 from octavo.core.draft_trials import Trials
+from octavo.core.messages import DraftPasses
 
 __all__ = ["BudgetReport", "DraftBudget", "DraftPlan", "DraftPolicy", "DraftState", "StepFacts", "StepResult"]
 
@@ -136,6 +137,8 @@ class DraftBudget:
         states = facts.states
         if not states:
             return DraftPlan()
+        if self.draft is not None:
+            self._note_blocked(facts)
         mixed = facts.chunk_rows > 0
         choice = self._choices[mixed]
         if choice.is_due(len(states), facts.chunk_rows):
@@ -150,6 +153,8 @@ class DraftBudget:
                 self._explore(plan, facts)
         if min(facts.rooms) < MAX_DRAFTS:
             plan.num_drafts = list(map(min, plan.num_drafts, facts.rooms))
+        if facts.blocked:
+            leave_out_blocked(plan, facts, self.report)
         room = draft_room(facts, self._max_rows)
         if facts.owed and any(facts.owed):
             catch_up(plan, facts, room, lambda index: self._catching_up_pays(index, plan, choice, facts))
@@ -157,6 +162,14 @@ class DraftBudget:
         if self.draft is not None:
             plan.passes = _num_passes(plan, choice.passes)
         return plan
+
+    def _note_blocked(self, facts: StepFacts) -> None:
+        """Whom the draft model cannot serve now, it promises nothing."""
+        for index, state in enumerate(facts.states):
+            blocked = index in facts.blocked
+            if state.blocked is not blocked:
+                state.blocked = blocked
+                state.update_curves(self._reserves_rows)
 
     def _decide(self, choice: ChoiceInForce, mixed: bool, facts: StepFacts) -> None:
         """Find the best choice, and take it up if it is enough better than the one in force."""
@@ -220,7 +233,7 @@ class DraftBudget:
     def _pass_seconds(self, states: Sequence[DraftState], kv_tokens: int) -> float:
         if self.draft is None:
             return 0.0
-        count = sum(1 for state in states if state.model is not None)
+        count = sum(1 for state in states if state.model is not None and not state.blocked)
         return self.draft.seconds(count, kv_tokens * count / len(states)) if count else 0.0
 
     def _explore(self, plan: DraftPlan, facts: StepFacts) -> None:
@@ -265,6 +278,7 @@ class DraftBudget:
         self._kept *= _PROMISE_DECAY
         if not result.states:
             return
+        self._share_drafting(result)
         if speculated or (result.plan is not None and any(result.plan.num_drafts)):
             plain = self._account(result, seconds)
             if speculated:
@@ -292,6 +306,8 @@ class DraftBudget:
         plan, seconds = result.plan, result.draft_seconds
         if plan is None or seconds <= 0.0:
             return 0.0
+        if result.passes is not None and self.draft is not None:
+            return self._observe_passes(result, result.passes, self.draft)
         if plan.passes and self.draft is not None:
             if plan.catch_up:  # how long the passes alone took is not known
                 return seconds
@@ -305,6 +321,30 @@ class DraftBudget:
             return 0.0
         self._lookup_seconds *= 1.1 if seconds > drafting * self._lookup_seconds else 1.0 / 1.1
         return min(seconds, _LATE * drafting * self._lookup_seconds)
+
+    def _observe_passes(self, result: StepResult, passes: DraftPasses, draft: CostModel) -> float:
+        """The draft model said what it ran: the first pass may have caught up, the others are alike."""
+        seconds, rows = result.draft_seconds, list(passes.rows)
+        wanted = 0.0
+        for count in rows:
+            wanted += draft.seconds(count, result.kv_tokens)
+        if passes.first_seconds > 0.0:
+            draft.observe(rows.pop(0), result.kv_tokens, passes.first_seconds)
+            seconds -= passes.first_seconds
+        if rows:
+            draft.observe(round(sum(rows) / len(rows)), result.kv_tokens, seconds / len(rows))
+        return min(result.draft_seconds, _LATE * wanted)
+
+    def _share_drafting(self, result: StepResult) -> None:
+        """The drafts at the end of this step: who they were made for."""
+        plan = result.plan
+        total = sum(plan.num_drafts) if plan is not None else 0
+        if plan is None or not total or result.draft_seconds <= 0.0:
+            return
+        self.report.draft_seconds += result.draft_seconds
+        share = result.draft_seconds / total
+        for state, count in zip(plan.states, plan.num_drafts, strict=True):
+            state.draft_seconds += share * count
 
     def _account(self, result: StepResult, seconds: float) -> float:
         """What this step saved, compared with plain steps at the same load, whose time is returned."""
@@ -320,11 +360,15 @@ class DraftBudget:
     def _record(self, result: StepResult, plain_seconds: float) -> None:
         fold_after, from_model = _steps_between(len(result.states)), result.from_model
         promised = kept = 0.0
+        row_seconds = result.target_seconds / result.rows
         columns = zip(result.states, result.asked, result.drafted, result.accepted, strict=True)
         for index, (state, asked, drafted, accepted) in enumerate(columns):
             if not asked:
                 continue
             state.saved_seconds += accepted * plain_seconds
+            verifying = (1 + asked) * row_seconds
+            state.verify_seconds += verifying
+            self.report.verify_seconds += verifying
             if state.promised:
                 promised += state.promised
                 kept += accepted
@@ -374,7 +418,7 @@ def _num_passes(plan: DraftPlan, chosen: int) -> int:
     """Draft model passes: as many as the longest drafts that it makes. A lookup alone goes deeper."""
     most = 0
     for index, (state, count) in enumerate(zip(plan.states, plan.num_drafts, strict=True)):
-        if count > most and state.model is not None:
+        if count > most and state.model is not None and not state.blocked:
             if state.lookup is not None and state.fixed is None:
                 count = min(count, max(chosen, index in plan.explored))
             most = max(most, count)

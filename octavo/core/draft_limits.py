@@ -16,19 +16,34 @@ def draft_room(facts: StepFacts, max_num_batched_tokens: int) -> int:
     return free - min(facts.chunk_rows, free // 2)
 
 
+def leave_out_blocked(plan: DraftPlan, facts: StepFacts, report: BudgetReport) -> None:
+    """No drafts where the draft model cannot make any and there is no lookup; of a fixed number they
+    are counted as cut."""
+    plan.blocked = facts.blocked
+    for index in facts.blocked:
+        state, wanted = facts.states[index], plan.num_drafts[index]
+        if state.lookup is not None or not wanted:
+            continue
+        plan.num_drafts[index] = 0
+        if state.fixed is not None:
+            state.num_cut += wanted
+            report.num_cut_drafts += wanted
+
+
 def catch_up(plan: DraftPlan, facts: StepFacts, room: int, pays: Callable[[int], bool]) -> None:
     """Have the draft model catch up for requests with drafts, a part a step, and none before it has.
 
     `pays(index)` says whether a request's drafts are worth it; nobody asks for those of a fixed
-    number, or explored ones, which were paid already.
+    number, or explored ones, which were paid already. Where there is a lookup as well, it drafts alone.
     """
-    left = min(_CATCH_UP_ROWS, max(0, room - sum(plan.num_drafts)))
+    left = min(_CATCH_UP_ROWS, facts.catch_up_room, max(0, room - sum(plan.num_drafts)))
     too_far: list[int] = []
     for index, (state, behind) in enumerate(zip(facts.states, facts.owed, strict=True)):
-        if not plan.num_drafts[index] or not behind or state.model is None:
+        if not plan.num_drafts[index] or not behind or state.model is None or index in facts.blocked:
             continue
+        alone = 0 if state.lookup is None else plan.num_drafts[index]
         if state.fixed is None and index not in plan.explored and not pays(index):
-            plan.num_drafts[index] = 0
+            plan.num_drafts[index] = alone
             too_far.append(index)
             continue
         granted = min(behind, left)
@@ -36,7 +51,7 @@ def catch_up(plan: DraftPlan, facts: StepFacts, room: int, pays: Callable[[int],
         if granted:
             plan.catch_up[index] = granted
         if granted < behind:
-            plan.num_drafts[index] = 0
+            plan.num_drafts[index] = alone
     plan.too_far_behind = frozenset(too_far)
 
 

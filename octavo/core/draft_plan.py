@@ -12,12 +12,13 @@ before that of the step before as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance
 from octavo.core.draft_choice import NOTHING, Curve
+from octavo.core.messages import DraftPasses
 
 UNLIMITED = 1 << 60
 
@@ -28,9 +29,9 @@ class DraftState:
     `fixed` is the number of drafts somebody asked for, or None for the budget's own choice.
     """
 
-    __slots__ = ("chosen", "explored", "fixed", "free", "lookup", "model", "num_cut",
-                 "passed", "promised", "queued", "request_id", "saved_seconds",
-                 "started")  # fmt: skip
+    __slots__ = ("blocked", "chosen", "draft_seconds", "explored", "fixed", "free", "lookup", "model",
+                 "num_cut", "passed", "promised", "queued", "request_id", "saved_seconds",
+                 "started", "verify_seconds")  # fmt: skip
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class DraftState:
         self.lookup = lookup
         self.model = model
         self.fixed = fixed
+        self.blocked = False  # the draft model cannot draft for it now
         self.free = NOTHING
         self.passed = NOTHING
         # Drafts a step: in steps without a prompt's chunk, and with one.
@@ -51,9 +53,16 @@ class DraftState:
         self.promised = 0.0  # accepted drafts a step, as expected at the last decision
         self.num_cut = 0  # drafts asked for by `fixed` that some limit did not allow
         self.queued = False  # has records to be folded
+        self.draft_seconds = 0.0  # its part of the time in which drafts were made, by their number
+        self.verify_seconds = 0.0  # its part of the steps that verified drafts of it, by rows
         self.saved_seconds = 0.0  # by its accepted drafts; what the steps took longer is not in here
         self.explored = 0  # the step of the last exploration
         self.started = (0.0, 0.0)  # the budget's clocks when it was added
+
+    @property
+    def may_explore(self) -> bool:
+        """True if one draft could be made to see what it is worth."""
+        return self.fixed is None and (self.lookup is not None or not self.blocked)
 
     def update_curves(self, reserves_rows: bool) -> None:
         """Recompute the chances after records were folded or the prior changed."""
@@ -61,12 +70,15 @@ class DraftState:
         if lookup is not None:
             match = lookup.match
             found = lookup.chances()
-            if reserves_rows or model is not None:
+            if reserves_rows:
                 self.free = Curve([match * chance for chance in found])
             else:
                 self.free = Curve(found, rows=match)
             self.passed = self.free
         if model is None:
+            return
+        if self.blocked:
+            self.passed = self.free
             return
         chances = model.chances()
         if lookup is not None:  # the lookup's draft where it matches, the model's otherwise
@@ -91,6 +103,8 @@ class StepFacts:
     chunk_rows: int = 0  # prompt rows that wait for the next step
     kv_room: int = UNLIMITED  # draft rows the free blocks hold without a preemption
     owed: Sequence[int] = ()  # tokens the draft model is behind; empty: none
+    blocked: Mapping[int, str] = field(default_factory=dict)  # index -> why it cannot draft at all
+    catch_up_room: int = UNLIMITED  # rows this step's token budget has left for catching up
 
 
 @dataclass(slots=True)
@@ -105,6 +119,7 @@ class DraftPlan:
     counterfactual: bool = False
     explored: tuple[int, ...] = ()
     cut: dict[int, tuple[int, str]] = field(default_factory=dict)  # index -> (drafts wanted, why cut)
+    blocked: Mapping[int, str] = field(default_factory=dict)  # as in the facts
     too_far_behind: frozenset[int] = frozenset()
 
     def reason(self, index: int) -> str:
@@ -113,9 +128,11 @@ class DraftPlan:
         if index in self.cut:
             wanted, why = self.cut[index]
             return f"cut by {why}: K={count} of {wanted}"
+        if index in self.blocked and not count:
+            return f"plain: {self.blocked[index]}"
         if index in self.catch_up and not count:
             return f"plain: the draft model catches up {self.catch_up[index]} tokens"
-        if index in self.too_far_behind:
+        if index in self.too_far_behind and not count:
             return "plain: catching up would cost the draft model more than it brings"
         if self.states[index].fixed is not None:
             return f"fixed K={count}"
@@ -151,6 +168,7 @@ class StepResult:
     accepted: Sequence[int]
     # Index into `states` of drafts the model made for a request that has a lookup as well.
     from_model: frozenset[int] = frozenset()
+    passes: DraftPasses | None = None  # what the draft model ran at the end of this very step
 
 
 class DraftPolicy(Protocol):
@@ -184,6 +202,8 @@ class BudgetReport:
     num_cut_drafts: int = 0  # of fixed numbers
     num_cut_steps: int = 0
     num_changes: int = 0  # of the choice for the whole batch
+    draft_seconds: float = 0.0  # in which drafts were made
+    verify_seconds: float = 0.0  # of the rows of requests whose drafts were verified
     # Observed plain step ÷ what the model had expected, middle of the windows: how far to trust it.
     window_error: float = 0.0
 

@@ -81,7 +81,7 @@ class Trials:
         idle = [
             (states[index].explored, index)
             for index, count in enumerate(plan.num_drafts)
-            if not count and states[index].fixed is None and states[index].explored <= before
+            if not count and states[index].may_explore and states[index].explored <= before
         ]
         if not idle:
             return

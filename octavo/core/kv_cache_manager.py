@@ -14,12 +14,30 @@ scheduled later, in the same step even, may already read them.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
 from octavo.core.block_pool import Block, BlockPool
-from octavo.core.request import Request
+
+
+class BlockHolder(Protocol):
+    """A request as seen from here. The manager alone changes the last four."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def cache_namespace(self) -> Hashable | None: ...
+    @property
+    def read_cache(self) -> bool: ...
+
+    blocks: list[Block]
+    capacity: int  # tokens the blocks hold
+    num_registered_blocks: int
+    prefix_parent: Hashable
 
 
 class KVCacheManager:
-    """The block tables of all requests over one `BlockPool`."""
+    """The block tables of all requests over one `BlockPool`: the target's, or the draft model's."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -36,7 +54,7 @@ class KVCacheManager:
         """Blocks that hold `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
-    def find_prefix(self, request: Request) -> list[Block]:
+    def find_prefix(self, request: BlockHolder) -> list[Block]:
         """The longest run of registered blocks that `request` begins with.
 
         It never covers the last known token: that one has to be computed to draw the next.
@@ -58,7 +76,7 @@ class KVCacheManager:
         """Free blocks left once `prefix` is shared: reviving a cached block uses up a free one."""
         return self.pool.num_free - sum(block.ref_count == 0 for block in prefix)
 
-    def admit(self, request: Request, prefix: list[Block]) -> None:
+    def admit(self, request: BlockHolder, prefix: list[Block]) -> None:
         """Give `request`, which holds nothing, the blocks of its prefix."""
         assert not request.blocks, f"{request} holds blocks already"
         self.pool.share(prefix)
@@ -67,10 +85,10 @@ class KVCacheManager:
         request.num_registered_blocks = len(prefix)
         request.prefix_parent = prefix[-1].serial if prefix else ("root", request.cache_namespace)
         if request.cache_namespace is not None and request.read_cache:
-            self.num_prefix_queries += request.num_tokens
+            self.num_prefix_queries += len(request.token_ids)
             self.num_prefix_hits += request.capacity
 
-    def grow(self, request: Request, num_tokens: int) -> list[int] | None:
+    def grow(self, request: BlockHolder, num_tokens: int) -> list[int] | None:
         """Make the blocks of `request` hold `num_tokens`.
 
         Returns the ids of the new blocks (none needed: an empty list), or None, and changes
@@ -86,7 +104,7 @@ class KVCacheManager:
         request.capacity = len(request.blocks) * self.block_size
         return [block.block_id for block in new]
 
-    def register(self, request: Request, num_tokens: int) -> None:
+    def register(self, request: BlockHolder, num_tokens: int) -> None:
         """Register the full blocks of the first `num_tokens` confirmed tokens.
 
         The KV of these tokens is computed by steps that were launched or are being scheduled.
@@ -101,14 +119,14 @@ class KVCacheManager:
             request.prefix_parent = self.pool.register(request.blocks[index], request.prefix_parent, tokens)
         request.num_registered_blocks = full
 
-    def release(self, request: Request) -> None:
+    def release(self, request: BlockHolder) -> None:
         """Take back all blocks. The last ones go first, so a prefix outlives what follows it."""
         self.pool.release(reversed(request.blocks))
         request.blocks = []
         request.capacity = 0
         request.num_registered_blocks = 0
 
-    def check_integrity(self, requests: list[Request]) -> None:
+    def check_integrity(self, requests: Sequence[BlockHolder]) -> None:
         """Assert that the pool is sound and that reference counts equal the tables of `requests`."""
         self.pool.check_integrity()
         users = [0] * len(self.pool.blocks)

@@ -89,6 +89,51 @@ class Propose(NamedTuple):
     num_drafts: int
 
 
+class DraftEntry(NamedTuple):
+    """A running slot gets a block table of its own in the draft model's KV cache."""
+
+    slot: int
+    num_computed_tokens: int  # tokens whose draft KV is in the blocks already
+    block_ids: list[int]
+
+
+class DraftRows(NamedTuple):
+    """What the draft model computes for one slot at the end of a step.
+
+    First `catch_up` known tokens that follow the device's own count of computed ones (as many of
+    them as are known, the last one excepted). Then, if `num_drafts` is not 0 and no more than two
+    known tokens are left, these and up to num_drafts drafts, one pass each.
+    """
+
+    slot: int
+    catch_up: int
+    num_drafts: int
+
+
+@dataclass(slots=True)
+class DraftGroup:
+    """The draft model's part of a step, in this order: leave, enter, grow, run.
+
+    A slot that is freed, or entered anew, has left by that.
+    """
+
+    left: list[int] = field(default_factory=list)
+    entered: list[DraftEntry] = field(default_factory=list)
+    new_blocks: list[SlotBlocks] = field(default_factory=list)
+    rows: list[DraftRows] = field(default_factory=list)
+
+
+class Continuation(NamedTuple):
+    """A guess made on the host: from position `start` on, the text of this slot may go on like this.
+
+    The device follows it while the true tokens do (method "suffix").
+    """
+
+    slot: int
+    start: int
+    token_ids: list[int]
+
+
 @dataclass(slots=True)
 class SchedulerOutput:
     """What one step computes, in the order given here: free, enter, grow, run, propose."""
@@ -101,6 +146,8 @@ class SchedulerOutput:
     row_keys: list[SlotKey] = field(default_factory=list)  # parallel to rows
     propose: list[Propose] = field(default_factory=list)
     mask_slots: list[int] = field(default_factory=list)  # slots whose logits wait for a grammar mask
+    continuations: list[Continuation] = field(default_factory=list)  # known before the drafts are made
+    draft: DraftGroup | None = None  # None: there is no draft model
 
     @property
     def needs_mask(self) -> bool:
@@ -130,6 +177,14 @@ class PromptLogprobs(NamedTuple):
 
 
 @dataclass(slots=True)
+class DraftPasses:
+    """What the draft model computed at the end of a step."""
+
+    rows: list[int]  # token rows of each pass, the first of them with what it caught up
+    first_seconds: float = 0.0  # of the first pass; 0: not measured apart
+
+
+@dataclass(slots=True)
 class ModelOutput:
     """What one step brought. Every list is parallel to `keys`, the rows the step was launched with."""
 
@@ -149,5 +204,8 @@ class ModelOutput:
     drafts: dict[int, list[int]] = field(default_factory=dict)
     # how many were made, by slot; None where the device has not waited to know
     num_drafted: dict[int, int] | None = None
+    # slots whose drafts of this step a draft model made, where a lookup might have made them
+    drafted_by_model: frozenset[int] = frozenset()
     target_seconds: float = 0.0
     draft_seconds: float = 0.0
+    draft_passes: DraftPasses | None = None  # None: the draft model did not run

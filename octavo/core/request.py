@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from octavo.core.block_pool import Block
 from octavo.core.draft_plan import DraftState
 from octavo.core.messages import SlotKey
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.core.draft_kv import DraftProgress
 
 
 class Status(Enum):
@@ -47,7 +51,7 @@ class Request:
 
     __slots__ = (
         "arrival", "bad_words_ids", "blocks", "cache_namespace", "capacity", "decision", "decoding",
-        "draft_state", "finish_reason", "generation", "key", "limit", "num_cached_tokens",
+        "draft_progress", "draft_state", "finish_reason", "generation", "key", "limit", "num_cached_tokens",
         "num_computed_tokens", "num_inflight_samples", "num_inflight_steps", "num_inflight_tokens",
         "num_preemptions", "num_prompt_tokens", "num_proposed", "num_registered_blocks",
         "num_speculative_tokens", "params", "prediction_ids", "prefix_parent", "priority", "read_cache",
@@ -95,6 +99,7 @@ class Request:
         self.decoding = False  # the rows that reach the last known token were launched
         self.num_speculative_tokens: int | None = None  # the request's own wish; None: the engine's
         self.draft_state: DraftState | None = None  # the draft budget's
+        self.draft_progress: DraftProgress | None = None  # the draft model's KV cache's, while it runs
         self.decision = (0, "")  # with trace: the drafts asked for, and why
         self.verified_decision = (0, "")  # the same of the step that was launched last
         self.num_proposed = 0  # drafts the last launched step makes at its end

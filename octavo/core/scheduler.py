@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.block_pool import Block
+from octavo.core.draft_kv import DraftBlocks, DraftKV
 from octavo.core.draft_planner import DraftPlanner, PlannedStep, ReadStep
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.messages import (
@@ -69,21 +70,27 @@ class _LaunchedStep:
     rows: list[Rows] = field(default_factory=list)
     kv_tokens: int = 0  # context of the requests that sample
     plan: object | None = None  # the draft planner's, of the drafts made at the end
+    draft_blocks: list[DraftBlocks] = field(default_factory=list)  # that the draft model reads and writes
 
 
 class Scheduler:
     """The brain's one entry: add, abort, schedule, update.
 
-    `planner` says how many drafts to make at the end of a step; None: no speculation. Not
-    thread-safe: one engine loop owns it.
+    `planner` says how many drafts to make at the end of a step; None: no speculation. `draft_kv` is
+    the cache of a draft model, if there is one. Not thread-safe: one engine loop owns it.
     """
 
     def __init__(
-        self, config: SchedulerConfig, cache: CacheConfig, planner: DraftPlanner | None = None
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        planner: DraftPlanner | None = None,
+        draft_kv: DraftKV | None = None,
     ) -> None:
         self.config = config
         self.kv = KVCacheManager(cache.num_blocks, cache.block_size)
         self.planner = planner
+        self.draft_kv = draft_kv
         self.stats = SchedulerStats()
         self.requests: dict[str, Request] = {}  # waiting and running
         self.running: list[Request] = []  # by Request.order
@@ -269,7 +276,8 @@ class Scheduler:
 
     def _propose(self, planner: DraftPlanner, out: SchedulerOutput, step: _LaunchedStep) -> None:
         """Ask for drafts at the end of the step, which the next one verifies."""
-        requests = [r for r, rows in zip(step.requests, step.rows, strict=True) if rows.samples]
+        sampling = [pair for pair in zip(step.requests, step.rows, strict=True) if pair[1].samples]
+        requests = [request for request, _ in sampling]
         step.kv_tokens = sum(r.num_computed_tokens + r.num_inflight_tokens for r in requests)
         if not requests:
             return
@@ -281,7 +289,16 @@ class Scheduler:
             if not r.decoding
         )
         kv_room = self.kv.pool.num_free * self.kv.block_size
-        counts, step.plan = planner.plan(PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room))
+        facts = PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room)
+        if self.draft_kv is not None:
+            facts.owed, facts.blocked = self.draft_kv.survey(requests, [rows for _, rows in sampling])
+            facts.catch_up_room = self.config.max_num_batched_tokens - out.num_tokens
+        planned = planner.plan(facts)
+        counts, step.plan = planned.counts, planned.plan
+        if self.draft_kv is not None:
+            out.draft, counts, step.draft_blocks = self.draft_kv.launch(
+                requests, counts, planned.passes, planned.catch_up
+            )
         for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
             if request.params.trace:
                 request.decision = planner.reason(step.plan, index)
@@ -373,6 +390,8 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         """A request stops running: release what it holds, now or when its last step is read."""
+        if self.draft_kv is not None:
+            self.draft_kv.leave(request)
         if request.num_inflight_steps:
             self._zombies.add(request)
         else:
@@ -403,6 +422,8 @@ class Scheduler:
             request.generation = self._generations[slot]
             request.key = request.key._replace(generation=request.generation)
             request.num_proposed = 0
+            if self.draft_kv is not None:
+                self.draft_kv.leave(request)
             self._freed_slots.append(slot)
             self._rebuild.add(request)
 
@@ -413,20 +434,28 @@ class Scheduler:
         step = self._launched.popleft()
         assert output.step_id == step.step_id, f"step {output.step_id} read, {step.step_id} expected"
         updates: list[RequestUpdate] = []
+        from_model: set[Request] = set()
         for index, (request, rows) in enumerate(zip(step.requests, step.rows, strict=True)):
             request.num_inflight_steps -= 1
             request.num_inflight_tokens -= rows.num_rows
             request.num_inflight_samples -= rows.samples
             if request.status is not Status.FINISHED:
                 updates.append(self._update_one(request, rows, output, index))
+            if self.draft_kv is not None and rows.samples:
+                if self.draft_kv.read(request, rows.slot in output.drafted_by_model):
+                    from_model.add(request)
             if request in self._zombies and not request.num_inflight_steps:
                 self._zombies.discard(request)
                 self._release(request)
+        if self.draft_kv is not None:
+            self.draft_kv.release(step.draft_blocks)
         if self.planner is not None:
-            self._observe(self.planner, step, output)
+            self._observe(self.planner, step, output, from_model)
         return updates
 
-    def _observe(self, planner: DraftPlanner, step: _LaunchedStep, output: ModelOutput) -> None:
+    def _observe(
+        self, planner: DraftPlanner, step: _LaunchedStep, output: ModelOutput, from_model: set[Request]
+    ) -> None:
         requests: list[Request] = []
         asked: list[int] = []
         drafted: list[int] = []
@@ -458,6 +487,10 @@ class Scheduler:
                 asked,
                 drafted,
                 accepted,
+                frozenset(index for index, request in enumerate(requests) if request in from_model)
+                if from_model
+                else frozenset(),
+                output.draft_passes,
             )
         )
 
@@ -506,6 +539,8 @@ class Scheduler:
         """Assert the invariants that hold between any two calls. For tests; O(everything)."""
         holders = self.running + list(self._zombies)
         self.kv.check_integrity(holders)
+        if self.draft_kv is not None:
+            self.draft_kv.check_integrity(self.running, [step.draft_blocks for step in self._launched])
         slots = [r.slot for r in holders] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
         assert self.running == sorted(self.running, key=lambda r: r.order), "running is out of order"

@@ -11,6 +11,7 @@ engine forgets it within two steps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -19,14 +20,15 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from octavo.config import EngineArgs
+from octavo.engine.engine_stats import EngineStats
 from octavo.engine.inputs import PromptInput
 from octavo.engine.request_state import OutputKind
 from octavo.engine.setup import EngineParts, build_engine
 from octavo.errors import EngineDeadError, NotInThisVersionError, OctavoError, RequestError
-from octavo.outputs import RequestOutput
+from octavo.outputs import RequestOutput, join_deltas
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 # is worth; what is longer, or has a grammar, is read beside the event loop.
 INLINE_CHARACTERS = 1000
 INLINE_TOKEN_IDS = 10_000
+CHARACTERS_AROUND_A_MESSAGE = 50
 STEPS_BETWEEN_LOOP_CHECKS = 32
 
 
@@ -130,7 +133,13 @@ class AsyncLLM:
         """As `generate`, through the chat template; max_tokens defaults to the rest of the context."""
         self._engine_thread.engine()  # raises if there is none any more
         params = self._params(sampling_params)
-        prompt = self._parts.chat_template(None).render(messages, tools=tools, **template_options)
+        template = self._parts.chat_template(None)
+        if _renders_quickly(messages, tools) and not template.is_busy:
+            prompt = template.render(messages, tools=tools, **template_options)
+        else:
+            # A long conversation, or a template that another one's rendering holds up, must not stop
+            # the other tasks.
+            prompt = await asyncio.to_thread(template.render, messages, tools=tools, **template_options)
         if "max_tokens" not in params.set_fields:
             params = params.replace(max_tokens=None)
         outputs = self.generate(prompt, params, request_id=request_id, kind=kind, add_special_tokens=False)
@@ -148,6 +157,15 @@ class AsyncLLM:
                 f"sampling_params must be a SamplingParams, not {type(given).__name__}", "sampling_params"
             )
         return given
+
+    async def stats(self, *, check_integrity: bool = False) -> EngineStats:
+        """What the engine holds and has done, taken between two steps. Raises EngineDeadError.
+
+        `check_integrity` also asserts that every slot and block is accounted for, for tests.
+        """
+        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._engine_thread.send(_TakeStats(answer, check_integrity))
+        return await answer
 
     @property
     def is_alive(self) -> bool:
@@ -168,6 +186,22 @@ def _reads_quickly(prompt: PromptInput, params: SamplingParams) -> bool:
         if hasattr(item, "__len__") and not _is_scalar_array(item) and len(item) > limit:
             return False
     return True
+
+
+def _renders_quickly(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> bool:
+    """True for a short conversation of plain texts. Whatever else it may be is looked at in a thread."""
+    if tools or not isinstance(messages, (list, tuple)):
+        return False
+    size = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str):
+            return False
+        # What a template writes around a message counts as well.
+        size += len(content) + CHARACTERS_AROUND_A_MESSAGE
+    return size <= INLINE_CHARACTERS
 
 
 def _is_scalar_array(item: Any) -> bool:
@@ -196,7 +230,7 @@ class _Mailbox:
             if isinstance(item, Exception):
                 self._error = item
             elif self._output is not None and self.kind == "delta":
-                self._output = _joined(self._output, item)
+                self._output = join_deltas(self._output, item)
             else:
                 self._output = item
         if self.loop.is_closed():
@@ -224,18 +258,6 @@ class _Mailbox:
                     raise error
 
 
-def _joined(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """Two deltas as one. `earlier` was never handed out, so its lists may be used up."""
-    for old, new in zip(earlier.outputs, later.outputs, strict=True):
-        new.text = old.text + new.text
-        old.token_ids += new.token_ids
-        new.token_ids = old.token_ids
-        if old.logprobs is not None:
-            old.logprobs += new.logprobs or []
-            new.logprobs = old.logprobs
-    return later
-
-
 @dataclass(slots=True)
 class _Admit:
     """Serve a request; with no id of the caller's, make one up."""
@@ -251,12 +273,37 @@ class _Abort:
     mailbox: _Mailbox
 
 
+@dataclass(slots=True)
+class _TakeStats:
+    """Hand the engine's statistics, or what check_integrity found, to a future of some event loop."""
+
+    answer: asyncio.Future[EngineStats]
+    check_integrity: bool
+
+    def tell(self, found: EngineStats | Exception) -> None:
+        """From any thread."""
+
+        def put() -> None:
+            if self.answer.done():
+                return
+            if isinstance(found, Exception):
+                self.answer.set_exception(found)
+            else:
+                self.answer.set_result(found)
+
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+            self.answer.get_loop().call_soon_threadsafe(put)
+
+
+_Command: TypeAlias = "_Admit | _Abort | _TakeStats"
+
+
 class _EngineThread:
     """The thread, and all that it shares. It knows nothing of the `AsyncLLM`, which can thus be collected."""
 
     def __init__(self, parts: EngineParts) -> None:
         self.dead: BaseException | None = None
-        self.commands: queue.SimpleQueue[_Admit | _Abort | None] = queue.SimpleQueue()  # None: stop
+        self.commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()  # None: stop
         self.mailboxes: dict[str, _Mailbox] = {}
         self._parts = parts
         self._ids = itertools.count()
@@ -276,12 +323,12 @@ class _EngineThread:
                 return self._parts.engine
             raise self._dead_error()
 
-    def send(self, command: _Admit | _Abort) -> None:
-        """Queue a command. Raises EngineDeadError where one would wait for outputs."""
+    def send(self, command: _Command) -> None:
+        """Queue a command. Raises EngineDeadError where one would wait for an answer."""
         with self._lock:
             if self.dead is None:
                 self.commands.put(command)
-            elif isinstance(command, _Admit):
+            elif not isinstance(command, _Abort):
                 raise self._dead_error()
 
     def shutdown(self) -> None:
@@ -316,6 +363,8 @@ class _EngineThread:
             command = self.commands.get()
             if isinstance(command, _Admit):
                 waiting.append(command.mailbox)
+            elif isinstance(command, _TakeStats):
+                command.tell(self._dead_error())
         for mailbox in waiting:
             mailbox.send(self._dead_error())
         if self._is_abandoned:
@@ -335,8 +384,16 @@ class _EngineThread:
                 for mailbox in [box for box in self.mailboxes.values() if box.loop.is_closed()]:
                     self._abort(engine, mailbox)
 
-    def _obey(self, engine: Engine, command: _Admit | _Abort) -> None:
+    def _obey(self, engine: Engine, command: _Command) -> None:
         """Whatever goes wrong with a command is its caller's alone."""
+        if isinstance(command, _TakeStats):
+            try:
+                if command.check_integrity:
+                    engine.scheduler.check_integrity()
+                command.tell(engine.stats())
+            except Exception as error:
+                command.tell(error)
+            return
         try:
             if isinstance(command, _Admit):
                 self._admit(engine, command)

@@ -43,6 +43,11 @@ class ChatTemplate:
         self._compiled: dict[str, tuple[jinja2.Template, bool]] = {}
         self._lock = threading.Lock()  # the sandbox counts what one rendering spends
 
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """The texts of the templates, by name."""
+        return self._sources
+
     @classmethod
     def for_tokenizer(
         cls, tokenizer: Tokenizer | None, chat_template: str | Path | None = None
@@ -67,6 +72,11 @@ class ChatTemplate:
             raise ConfigError(
                 f"chat_template={text!r} is neither a jinja template nor a file that can be read ({error})"
             ) from error
+
+    @property
+    def is_busy(self) -> bool:
+        """True while another thread renders: `render` would wait for it."""
+        return self._lock.locked()
 
     def render(
         self,

@@ -21,10 +21,11 @@ from octavo.core.mix import mix64
 from octavo.core.request import FinishReason, Request
 from octavo.core.scheduler import RequestUpdate, Scheduler
 from octavo.engine.detokenizer import IncrementalDetokenizer
+from octavo.engine.engine_stats import EngineStats
 from octavo.engine.grammar import GrammarCompiler, Matcher
 from octavo.engine.inputs import Prompt, PromptInput, read_prompt
 from octavo.engine.request_state import OutputKind, RequestState, Sample
-from octavo.engine.stats import StatsLog
+from octavo.engine.stats import StatsLog, take_stats
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import EngineDeadError, RequestError
 from octavo.outputs import (
@@ -36,6 +37,7 @@ from octavo.outputs import (
 )
 from octavo.sampling.batch import bad_word_spellings
 from octavo.sampling_params import SamplingParams
+from octavo.speculation.suffix import SuffixGuesser
 from octavo.worker.executor import Executor
 from octavo.worker.model_runner import GrammarMasks
 
@@ -50,6 +52,7 @@ class EngineInfo:
     seed: int
     enable_prefix_caching: bool
     speculates: bool = False
+    synthetic_acceptance: bool = False  # drafts are accepted by coins: the text means nothing
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         grammar: GrammarCompiler | None = None,
         log: StatsLog | None = None,
+        suffix: SuffixGuesser | None = None,
     ) -> None:
         self.info = info
         self._log = log
@@ -82,12 +86,14 @@ class Engine:
         self.executor = executor
         self.tokenizer = tokenizer
         self._grammar = grammar
+        self._suffix = suffix
         self._depth = scheduler.config.pipeline_depth
         self._states: dict[str, RequestState] = {}
         self._samples: dict[str, tuple[RequestState, Sample]] = {}  # by the sequence's id
         self._arrivals = itertools.count()
         self._compiling = threading.Lock()  # the grammar compiler's cache serves one thread at a time
         self._dead: BaseException | None = None
+        self._speculation = SpeculationMetrics(synthetic=info.synthetic_acceptance)  # of all requests
         self._drafts: dict[int, list[int]] = {}  # by slot, the latest; only where a grammar runs
 
     # ------------------------------------------------------------------ requests
@@ -131,6 +137,12 @@ class Engine:
             add_special_tokens=add_special_tokens,
         )
         matcher = None
+        if params.structured_outputs is not None and self.info.synthetic_acceptance:
+            raise RequestError(
+                "structured_outputs cannot be had with synthetic_acceptance_rates: the text that follows an "
+                "accepted draft belongs to another one, and no grammar can follow both",
+                "structured_outputs",
+            )
         if params.structured_outputs is not None:
             with self._compiling:
                 matcher = self._compile_grammar(params)
@@ -162,7 +174,9 @@ class Engine:
         arrival_time = time.monotonic() if arrival_time is None else arrival_time
         metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(given.token_ids))
         if self.info.speculates:
-            metrics.speculation = SpeculationMetrics(steps=[] if params.trace else None)
+            metrics.speculation = SpeculationMetrics(
+                steps=[] if params.trace else None, synthetic=self.info.synthetic_acceptance
+            )
         state = RequestState(request_id, given.text, given.token_ids, params, kind, metrics)
         arrival = next(self._arrivals)
         base_seed = mix64(self.info.seed, arrival) if params.seed is None else params.seed
@@ -197,12 +211,29 @@ class Engine:
                 self.scheduler.finish(sample.request.request_id, FinishReason.ABORT)
                 self._close(sample, FinishReason.ABORT)
         del self._states[request_id]
+        self._account(state)
         return state.output()
 
     @property
     def num_unfinished(self) -> int:
         """Requests that were added and have not ended."""
         return len(self._states)
+
+    @property
+    def speculation(self) -> SpeculationMetrics | None:
+        """What speculation did for all requests since the start; None for an engine without."""
+        if not self.info.speculates:
+            return None
+        total, planner = self._speculation, self.scheduler.planner
+        account = planner.account() if planner is not None else None
+        if account is not None:
+            total.draft_seconds, total.verify_seconds = account.draft_seconds, account.verify_seconds
+            total.num_cut, total.net_speedup = account.num_cut, account.net_speedup
+        return total
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done; for the thread that steps it."""
+        return take_stats(self.scheduler, self.speculation)
 
     def has_work(self) -> bool:
         """True while a step could bring something."""
@@ -238,6 +269,8 @@ class Engine:
         outputs: list[RequestOutput] = []
         if out is not None:
             self._note_first_schedule(out)
+            if self._suffix is not None:
+                self._suggest(self._suffix, out)
             self.executor.launch(out)
             if out.needs_mask:  # grammars follow the tokens, so these must be in first
                 while self.scheduler.num_unread_steps > 1:
@@ -263,6 +296,7 @@ class Engine:
         self._drafts.update(output.drafts)
         outputs = []
         for state in touched.values():
+            self._account(state)
             if state.finished:
                 del self._states[state.request_id]
             if state.finished or state.kind != "final":
@@ -299,9 +333,14 @@ class Engine:
                     del request.token_ids[request.num_prompt_tokens + kept :]
         speculation = state.metrics.speculation
         if speculation is not None and update.is_verify and update.new_token_ids:
-            speculation.record(update.num_drafts, num_accepted)
+            # A request that ends with an accepted draft has nothing to say about those behind it.
+            cut = reason is not None and num_accepted == len(tokens)
+            num_drafts = num_accepted if cut else update.num_drafts
+            speculation.record(num_drafts, num_accepted)
+            self._speculation.record(num_drafts, num_accepted)
+            sample.drafts_held = 0 < num_drafts == num_accepted
             if speculation.steps is not None:
-                drafts = self._drafts.get(request.key.slot, [])[: update.num_drafts]
+                drafts = self._drafts.get(request.key.slot, [])[:num_drafts]
                 speculation.steps.append(SpeculationStep(drafts, num_accepted, *update.decision))
         if update.logprobs is not None:
             sample.add_logprobs(update.logprobs[: len(tokens)], tokens, self.tokenizer)
@@ -310,9 +349,48 @@ class Engine:
 
     def _close(self, sample: Sample, reason: FinishReason) -> None:
         sample.finish_reason = reason
+        if self._suffix is not None:
+            request = sample.request
+            keep = reason in (FinishReason.STOP, FinishReason.LENGTH)
+            self._suffix.finish(
+                request.request_id, _space(request), request.token_ids, request.num_prompt_tokens, keep
+            )
         if sample.detokenizer is not None and reason is FinishReason.ABORT:
             sample.new_text += sample.detokenizer.append([], True)
         del self._samples[sample.request.request_id]
+
+    def _suggest(self, suffix: SuffixGuesser, out: SchedulerOutput) -> None:
+        """Continuations for the requests that are asked for drafts. One with a prediction follows that."""
+        for new in out.new_slots:
+            suffix.moved(new.request_id)
+        if not out.propose:
+            return
+        ids = {key.slot: key.request_id for key in out.row_keys}
+        for slot, _ in out.propose:
+            entry = self._samples.get(ids[slot])
+            if entry is None or entry[1].request.prediction_ids:
+                continue
+            sample = entry[1]
+            request = sample.request
+            found = suffix.suggest(
+                request.request_id, _space(request), slot, request.token_ids, sample.drafts_held
+            )
+            if found is not None:
+                out.continuations.append(found)
+
+    def _account(self, state: RequestState) -> None:
+        """What speculation cost and brought the request so far."""
+        speculation, planner = state.metrics.speculation, self.scheduler.planner
+        if speculation is None or planner is None:
+            return
+        accounts = [planner.account(sample.request) for sample in state.samples]
+        known = [account for account in accounts if account is not None]
+        if not known:
+            return
+        speculation.draft_seconds = sum(account.draft_seconds for account in known)
+        speculation.verify_seconds = sum(account.verify_seconds for account in known)
+        speculation.num_cut = sum(account.num_cut for account in known)
+        speculation.net_speedup = sum(account.net_speedup for account in known) / len(known)
 
     def _masks(self, out: SchedulerOutput) -> GrammarMasks:
         """Bit masks for the rows that wait for one."""
@@ -352,6 +430,8 @@ class Engine:
         if not self.info.enable_prefix_caching:
             # Samples of one request share its prompt even then; nobody else does.
             namespace = ("samples of", request_id, arrival) if params.num_samples > 1 else None
+        if self.info.synthetic_acceptance:
+            namespace = None  # the KV behind an accepted draft is that of another text
         request = Request(
             request_id=f"{request_id}/{index}",
             prompt_token_ids=prompt.token_ids,
@@ -420,6 +500,11 @@ class Engine:
             entry = self._samples.get(new.request_id)
             if entry is not None and entry[0].metrics.first_scheduled_time is None:
                 entry[0].metrics.first_scheduled_time = time.monotonic()
+
+
+def _space(request: Request) -> Hashable:
+    """Whose outputs a request may be drafted from."""
+    return request.params.cache_salt or ""
 
 
 def _fill_masks(matcher: Matcher, drafts: list[int], masks: npt.NDArray[np.int32]) -> None:

@@ -71,7 +71,8 @@ def read_prompt(
         if tokenizer is None:
             raise RequestError(
                 "this engine has no tokenizer, so a prompt must be a list of token ids "
-                "(skip_tokenizer_init is set, or the model folder holds no tokenizer)",
+                "(skip_tokenizer_init is set, or the model folder holds no tokenizer: tokenizer=… names "
+                "another one)",
                 "prompt",
             )
         text, token_ids = given, tokenizer.encode(given, add_special_tokens=add_special_tokens)

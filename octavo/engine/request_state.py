@@ -42,6 +42,7 @@ class Sample:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    drafts_held: bool = False  # all drafts of the last verification were right
     sent_tokens: int = 0  # with deltas: what the caller has
     new_text: str = ""  # with deltas: what the caller does not have
 

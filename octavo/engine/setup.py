@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,23 @@ from octavo import hub, platform
 from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig, SpeculativeConfig
 from octavo.core.cost_model import CostModel
 from octavo.core.draft_budget import DraftBudget
+from octavo.core.draft_kv import DraftKV
 from octavo.core.draft_planner import BudgetPlanner
 from octavo.core.scheduler import Scheduler
 from octavo.engine.chat_template import ChatTemplate
+from octavo.engine.draft import resolve_draft
 from octavo.engine.engine import Engine, EngineInfo
 from octavo.engine.grammar import GrammarCompiler
 from octavo.engine.stats import StatsLog
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import RequestError
+from octavo.errors import CheckpointError, ConfigError, RequestError
+from octavo.sampling_params import SamplingParams
+from octavo.speculation.suffix import SuffixGuesser, make_history
 from octavo.worker.kv_cache import MemoryPlan
 
 logger = logging.getLogger("octavo")
+
+LoadObserver = Callable[[str, "float | None"], None]
 
 
 @dataclass
@@ -57,7 +63,11 @@ class EngineParts:
     def chat_template(self, given: str | None) -> ChatTemplate:
         """The template to use: `given`, the engine's option, or the model's own."""
         if self.engine.tokenizer is None:
-            raise RequestError("chat needs a tokenizer, and this engine has none", "messages")
+            raise RequestError(
+                "chat needs a tokenizer, and this engine has none (skip_tokenizer_init is set, or the model "
+                "folder holds no tokenizer: tokenizer=… names another one)",
+                "messages",
+            )
         wanted = given or self.config.args.chat_template
         if wanted not in self._templates:
             self._templates[wanted] = ChatTemplate.for_tokenizer(self.engine.tokenizer, wanted)
@@ -69,6 +79,10 @@ class EngineParts:
             self._closed = True
             self.engine.shutdown()
             del self.engine
+            if self.config.platform.device == "cuda":
+                from octavo.worker.gpu_build import release_memory
+
+                release_memory()
 
 
 def resolve(args: EngineArgs) -> EngineConfig:
@@ -83,9 +97,14 @@ def resolve(args: EngineArgs) -> EngineConfig:
     model_path = hub.resolve(args.model, trust_remote_code=args.trust_remote_code)
     tokenizer_path = model_path if args.tokenizer is None else hub.resolve_tokenizer(args.tokenizer)
     model = ModelConfig.from_folder(model_path)
+    _check_generation_defaults(model.generation_defaults, model_path)
     on_gpu = machine.device == "cuda"
     depth = args.pipeline_depth
-    return EngineConfig(
+    speculative = None if args.speculative is None else SpeculativeConfig.from_dict(args.speculative)
+    draft = None
+    if speculative is not None:
+        draft = resolve_draft(speculative, model, model_path, args.trust_remote_code)
+    config = EngineConfig(
         args=args,
         model=model,
         model_path=model_path,
@@ -93,13 +112,24 @@ def resolve(args: EngineArgs) -> EngineConfig:
         platform=machine,
         dtype=_dtype(args.dtype, model.dtype),
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens or (8192 if on_gpu else 1024),
+        max_num_batched_tokens=args.max_num_batched_tokens or _batched_tokens(on_gpu, args.deterministic),
         max_chunk_tokens=args.max_chunk_tokens or sys.maxsize,
         # On a CPU host and device are the same cores: nothing is won by running one step late.
         pipeline_depth=depth if depth is not None else int(on_gpu),
         attention_backend=_attention_backend(args.attention_backend),
-        speculative=None if args.speculative is None else SpeculativeConfig.from_dict(args.speculative),
+        speculative=speculative,
+        draft=draft,
     )
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        logger.warning(
+            "max_num_batched_tokens=%d is less than max_num_seqs=%d: a step has one row for each of %d "
+            "requests at most, and the others wait until one of these ends; raise max_num_batched_tokens, or "
+            "lower max_num_seqs",
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+        )
+    return config
 
 
 def plan(args: EngineArgs) -> str:
@@ -110,18 +140,26 @@ def plan(args: EngineArgs) -> str:
     return plan_worker(config, choose_kernels(config)).describe()
 
 
-def build_engine(args: EngineArgs) -> EngineParts:
-    """Resolve, plan (the plan is logged before anything is allocated), load, and start."""
+def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> EngineParts:
+    """Resolve, plan (the plan is logged before anything is allocated), load, and start.
+
+    `progress` is told of each stage, with the share of it that is done where that is known.
+    """
+    tell = progress or (lambda stage, share: None)
+    tell("looking for the model", None)
     config = resolve(args)
+    tell("planning memory", None)
     # The tokenizer takes as long as the weights, and needs no torch: both at the same time.
     tokenizer = _InThread(lambda: _load_tokenizer(config))
     from octavo.worker.build import (
         build_runner,
         choose_kernels,
+        measure_draft_costs,
         measure_step_costs,
         plan_worker,
         start_executor,
     )
+    from octavo.worker.draft_build import draft_context
 
     kernels = choose_kernels(config)
     memory = plan_worker(config, kernels)
@@ -130,18 +168,23 @@ def build_engine(args: EngineArgs) -> EngineParts:
             logger.info(line)
     else:  # nobody has set up logging: the plan is shown all the same
         print(memory.describe(), file=sys.stderr)
-    runner = build_runner(config, kernels, memory)
+    if args.chat_template is not None:  # a wrong one is refused before the weights are read
+        ChatTemplate.for_tokenizer(tokenizer.result(), args.chat_template)
+    runner = build_runner(config, kernels, memory, lambda done, all_: tell("reading weights", done / all_))
+    tell("starting", None)
     found = tokenizer.result()
     eos = config.model.eos_token_ids
     if found is not None and found.eos_token_id is not None and found.eos_token_id not in eos:
         eos += (found.eos_token_id,)
+    synthetic = config.speculative is not None and bool(config.speculative.synthetic_acceptance_rates)
     info = EngineInfo(
         vocab_size=config.model.vocab_size,
         max_model_len=memory.max_model_len,
         eos_token_ids=eos,
         seed=args.seed,
-        enable_prefix_caching=args.enable_prefix_caching,
+        enable_prefix_caching=args.enable_prefix_caching and not synthetic,
         speculates=config.speculative is not None,
+        synthetic_acceptance=synthetic,
     )
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
@@ -152,23 +195,61 @@ def build_engine(args: EngineArgs) -> EngineParts:
         # one block for each request that may run, at most a hundredth of all
         watermark_blocks=min(config.max_num_seqs, memory.num_blocks // 100),
     )
-    cache = CacheConfig(args.block_size, memory.num_blocks, args.enable_prefix_caching)
+    cache = CacheConfig(args.block_size, memory.num_blocks, info.enable_prefix_caching)
     grammar = GrammarCompiler(found, config.model.vocab_size, eos) if found is not None else None
-    planner = None
-    if config.speculative is not None:
-        table, per_kv_token = measure_step_costs(runner, memory)
+    planner = draft_kv = None
+    speculative = config.speculative
+    if speculative is not None:
+        draft_costs = measure_draft_costs(runner, memory)
         budget = DraftBudget(
-            CostModel(table, per_kv_token),
+            CostModel(*measure_step_costs(runner, memory)),
+            None if draft_costs is None else CostModel(*draft_costs),
             max_num_batched_tokens=config.max_num_batched_tokens,
             reserves_rows=config.pipeline_depth > 0,
         )
-        planner = BudgetPlanner(budget, config.speculative.method, config.speculative.num_speculative_tokens)
+        planner = BudgetPlanner(
+            budget,
+            speculative.method if speculative.has_lookup else None,
+            model="draft_model" if config.draft is not None else None,
+            fixed=speculative.num_speculative_tokens,
+        )
+    if config.draft is not None and speculative is not None:
+        draft_kv = DraftKV(
+            memory.num_draft_blocks,
+            args.block_size,
+            draft_context(config, memory),
+            with_lookup=speculative.has_lookup,
+        )
     executor = start_executor(runner, config.pipeline_depth)
-    log = None if args.disable_log_stats else StatsLog()
-    engine = Engine(info, Scheduler(scheduler_config, cache, planner), executor, found, grammar, log)
-    for note in kernels.notes:
+    suffix = None
+    if config.speculative is not None and config.speculative.history_tokens:
+        suffix = SuffixGuesser(make_history(config.speculative.history_tokens))
+    log = None if args.disable_log_stats else StatsLog(synthetic=synthetic)
+    scheduler = Scheduler(scheduler_config, cache, planner, draft_kv)
+    engine = Engine(info, scheduler, executor, found, grammar, log, suffix)
+    notes = kernels.notes
+    if config.draft is not None and draft_context(config, memory) < memory.max_model_len:
+        notes += (
+            f"the draft model {config.draft.name} was made for {draft_context(config, memory):,} tokens and the "
+            f"context is {memory.max_model_len:,}: a request that grows beyond that goes on without drafts",
+        )
+    if synthetic:
+        notes += (
+            "synthetic_acceptance_rates are set: drafts are accepted by coins, the text means nothing, and "
+            "the prefix cache is off. For benchmarks only",
+        )
+    for note in notes:
         logger.warning(note)
-    return EngineParts(engine, config, memory, kernels.notes)
+    return EngineParts(engine, config, memory, notes)
+
+
+def _check_generation_defaults(defaults: Mapping[str, Any], model_path: Path) -> None:
+    """Now rather than when the first request wants them."""
+    try:
+        SamplingParams().with_defaults(defaults)
+    except ConfigError as error:
+        file = model_path / "generation_config.json"
+        raise CheckpointError(f"{file}: {error.__cause__}; correct the file, or delete it") from error
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -184,6 +265,14 @@ def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
             config.model.vocab_size,
         )
     return tokenizer
+
+
+def _batched_tokens(on_gpu: bool, deterministic: bool) -> int:
+    """Rows of a step, where the user leaves it open."""
+    if not on_gpu:
+        return 1024
+    # The GPU's row-invariant products end at 128 rows.
+    return 128 if deterministic else 8192
 
 
 def _dtype(asked: str, checkpoint: str) -> str:

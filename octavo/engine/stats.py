@@ -1,21 +1,47 @@
-"""A line of statistics now and then, for those who asked for it (disable_log_stats=False)."""
+"""Looking at a running engine: `take_stats` for whoever asks, and a line now and then for those who wanted
+it (disable_log_stats=False)."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 
 from octavo.core.draft_planner import BudgetPlanner
 from octavo.core.scheduler import Scheduler
+from octavo.engine.engine_stats import EngineStats
+from octavo.outputs import SpeculationMetrics
 
 logger = logging.getLogger("octavo")
 
 
-class StatsLog:
-    """Logs what the scheduler did since the last line, at most every `interval` seconds."""
+def take_stats(scheduler: Scheduler, speculation: SpeculationMetrics | None) -> EngineStats:
+    """Cheap: a few attributes. For whoever owns the scheduler, between two of its calls."""
+    stats, kv = scheduler.stats, scheduler.kv
+    return EngineStats(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_blocks=len(kv.pool.blocks),
+        num_used_blocks=kv.pool.num_used,
+        num_steps=stats.num_steps,
+        num_chunk_rows=stats.num_chunk_rows,
+        num_verify_rows=stats.num_verify_rows,
+        num_preemptions=stats.num_preemptions,
+        num_prefix_queries=kv.num_prefix_queries,
+        num_prefix_hits=kv.num_prefix_hits,
+        speculation=copy.deepcopy(speculation),  # the engine goes on counting in its own
+    )
 
-    def __init__(self, interval: float = 5.0) -> None:
+
+class StatsLog:
+    """Logs what the scheduler did since the last line, at most every `interval` seconds.
+
+    `synthetic`: drafts are accepted by coins, and every line says so.
+    """
+
+    def __init__(self, interval: float = 5.0, *, synthetic: bool = False) -> None:
         self._interval = interval
+        self._synthetic = synthetic
         self._last = time.monotonic()
         self._rows = (0, 0)
 
@@ -39,4 +65,6 @@ class StatsLog:
         )
         if isinstance(scheduler.planner, BudgetPlanner):
             line += f", speculation {scheduler.planner.budget.report.net_speedup:.2f}x"
+        if self._synthetic:
+            line += " (SYNTHETIC acceptance: the texts mean nothing)"
         logger.info(line)

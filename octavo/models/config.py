@@ -81,7 +81,11 @@ class ModelConfig:
         folder = Path(path)
         raw = _read_json(folder / "config.json", required=True)
         generation = _read_json(folder / "generation_config.json", required=False)
-        return _normalise(_Fields(raw, folder / "config.json"), generation, str(folder))
+        return _normalise(
+            _Fields(raw, folder / "config.json"),
+            _Fields(generation, folder / "generation_config.json"),
+            str(folder),
+        )
 
     def weight_bytes(self, dtype: str | None = None, tp_size: int = 1) -> int:
         """Bytes of this model's weights on one rank, in `dtype` (default: the checkpoint's)."""
@@ -132,14 +136,14 @@ def _dtype_bytes(dtype: str) -> int:
 
 
 class _Fields:
-    """config.json with checked access: every complaint names the file and the field."""
+    """A JSON file of the model with checked access: every complaint names the file and the field."""
 
     def __init__(self, raw: dict[str, Any], path: Path) -> None:
         self.raw = raw
         self.path = path
 
     def error(self, name: str, wrong: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: field {name!r} {wrong}; the folder's config.json must be whole")
+        return CheckpointError(f"{self.path}: field {name!r} {wrong}; correct the file, or get it again")
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.raw.get(name)
@@ -198,6 +202,11 @@ def _architecture(fields: _Fields) -> str:
     for name in named:
         if name in SUPPORTED_ARCHITECTURES:
             return str(name)
+    if not named[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        raise UnsupportedModelError(
+            f"architecture {named[0]} ({fields.path}) generates no text, and embeddings, scores and "
+            f"reranking are not in this version of Octavo.\nSupported: {', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
     near = difflib.get_close_matches(named[0], SUPPORTED_ARCHITECTURES, n=1, cutoff=0.0)[0]
     raise UnsupportedModelError(
         f"architecture {named[0]} ({fields.path}) is not supported.\n"
@@ -207,17 +216,22 @@ def _architecture(fields: _Fields) -> str:
     )
 
 
-def _normalise(fields: _Fields, generation: dict[str, Any], model_path: str) -> ModelConfig:
+def _normalise(fields: _Fields, generation: _Fields, model_path: str) -> ModelConfig:
     raw = fields.raw
     architecture = _architecture(fields)
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-        raise NotInThisVersionError(f"a quantized checkpoint (quantization_config: {method}, {fields.path})")
+        raise NotInThisVersionError(
+            f"a quantized checkpoint (quantization_config: {method}, {fields.path})",
+            "take the model's unquantized one (float32, bfloat16 or float16), or a .gguf file, which is "
+            "dequantised on load",
+        )
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(
-            f"hidden_act={activation!r} ({fields.path}) is not supported with {architecture}; silu is"
+            f"hidden_act={activation!r} ({fields.path}) is not supported with {architecture}, only silu is; "
+            "choose another model"
         )
 
     num_heads = fields.integer("num_attention_heads")
@@ -234,8 +248,10 @@ def _normalise(fields: _Fields, generation: dict[str, Any], model_path: str) -> 
     attention_bias = fields.flag("attention_bias", False)
     is_qwen2 = architecture == "Qwen2ForCausalLM"
     biased = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and attention_bias
-    defaults = {name: generation[name] for name in _GENERATION_DEFAULTS if generation.get(name) is not None}
-    eos = generation.get("eos_token_id")
+    defaults = {
+        name: value for name in _GENERATION_DEFAULTS if (value := generation.raw.get(name)) is not None
+    }
+    ends = fields if generation.raw.get("eos_token_id") is None else generation
     return ModelConfig(
         architecture=architecture,
         model_path=model_path,
@@ -258,7 +274,7 @@ def _normalise(fields: _Fields, generation: dict[str, Any], model_path: str) -> 
         dtype=_dtype(fields),
         hidden_act="silu",
         bos_token_id=_token_id(fields, "bos_token_id"),
-        eos_token_ids=_token_ids(fields, raw.get("eos_token_id") if eos is None else eos),
+        eos_token_ids=_eos_token_ids(ends),
         pad_token_id=_token_id(fields, "pad_token_id"),
         generation_defaults=defaults,
     )
@@ -282,8 +298,9 @@ def _token_id(fields: _Fields, name: str) -> int | None:
     return None if value is None or value < 0 else value
 
 
-def _token_ids(fields: _Fields, value: Any) -> tuple[int, ...]:
-    """End-of-sequence ids. generation_config.json's win where it has any, as in transformers."""
+def _eos_token_ids(fields: _Fields) -> tuple[int, ...]:
+    """End-of-sequence ids, of generation_config.json where it has any, as in transformers."""
+    value = fields.raw.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     for item in values:
         if isinstance(item, bool) or not isinstance(item, int):

@@ -44,10 +44,16 @@ class GpuOps:
         self,
         narrow_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
         few_rows: int = FEW_ROWS,
+        one_tiling: bool = False,
     ) -> None:
-        """`narrow_dtypes`: in which dtypes up to `few_rows` rows take Octavo's own products."""
+        """`narrow_dtypes`: in which dtypes up to `few_rows` rows take Octavo's own products.
+
+        `one_tiling`: attention cuts chunks as it cuts decode rows, so that it does not matter how a
+        prompt was cut into chunks.
+        """
         self._narrow_dtypes = narrow_dtypes
         self._few_rows = few_rows
+        self._one_tiling = one_tiling
         self._workspaces: list[products.Workspace] = []
         self.decoder: FusedDecoder | None = None  # the last one made, for measurements
 
@@ -121,6 +127,7 @@ class GpuOps:
             parts.sin,
             parts.rms_norm_eps,
             few_rows,
+            self._one_tiling,
         )
         return self.decoder.forward
 

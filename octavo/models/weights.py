@@ -116,8 +116,11 @@ class _Filler:
         """From a generator a tensor, seeded by its name: every rank draws the same whole tensor."""
         for target in list(self._waiting.values()):
             digest = hashlib.blake2b(f"{seed}:{target.name}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            drawn = torch.empty(target.shape, dtype=torch.float32)
+            device = target.weight.device
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+            # A GPU draws in the weight's own dtype, in no time; a CPU's normal_ is made for float32.
+            dtype = target.weight.dtype if device.type == "cuda" else torch.float32
+            drawn = torch.empty(target.shape, dtype=dtype, device=device)
             if len(target.shape) == 1 and target.name.endswith("norm.weight"):
                 drawn.uniform_(0.9, 1.1, generator=generator)
             else:

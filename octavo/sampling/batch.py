@@ -173,6 +173,16 @@ class Bitmask:
 
 
 @dataclass(slots=True)
+class JudgedRows:
+    """Rows whose draft was drawn from a known distribution: they are drawn by rejection sampling."""
+
+    rows: torch.Tensor  # [n] int64 on the host, rows of logits
+    tokens: torch.Tensor  # [n] int64, the drafts; -1: the row checks none after all
+    probs: torch.Tensor  # [n, draft vocabulary] float32, what each draft was drawn from
+    coins: torch.Tensor  # [n] float32, uniform
+
+
+@dataclass(slots=True)
 class SamplingBatch:
     """Everything the sampler must know about a step's rows of logits. None: no row needs it.
 
@@ -192,6 +202,13 @@ class SamplingBatch:
     logit_bias: LogitBias | None = None
     penalties: Penalties | None = None
     num_logprobs: list[int] | None = None  # a row's number of top logprobs; -1: not asked for
+    judged: JudgedRows | None = None  # with rejection sampling
+
+    def take(self, rows: torch.Tensor) -> SamplingBatch:
+        """The columns of some rows [n] int64 (on the host), without what changes logits."""
+        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position)
+        taken = [column[rows.to(column.device, non_blocking=True)] for column in columns]
+        return SamplingBatch(*taken, all_greedy=self.all_greedy)
 
     @property
     def changes_logits(self) -> bool:

@@ -50,7 +50,7 @@ class CpuDraw:
         """See DrawKernels."""
         return sample.argmax_rows(logits, library=self._library)
 
-    def draw(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    def draw(self, logits: torch.Tensor, batch: SamplingBatch, stream: Stream = Stream.DRAW) -> torch.Tensor:
         """See DrawKernels."""
         return sample.sample_rows(
             logits,
@@ -60,7 +60,7 @@ class CpuDraw:
             batch.min_p,
             batch.seed,
             batch.position,
-            int(Stream.DRAW),
+            int(stream),
             library=self._library,
         )
 

@@ -9,58 +9,52 @@ from __future__ import annotations
 
 import torch
 
-from octavo.kernels.triton import sample
+from octavo.kernels.triton import sample, select
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.noise import Stream
 from octavo.sampling.sampler import LogprobTensors
 
-NEG_INF = float("-inf")
-
 
 class GpuDraw:
-    """`DrawKernels` over octavo.kernels.triton.sample."""
+    """`DrawKernels` over octavo.kernels.triton.sample and select."""
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See DrawKernels."""
         return sample.draw(logits, None)
 
-    def draw(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    def draw(self, logits: torch.Tensor, batch: SamplingBatch, stream: Stream = Stream.DRAW) -> torch.Tensor:
         """See DrawKernels. Whether any row filters is read where the batch was made: on the host."""
-
-        def there(column: torch.Tensor) -> torch.Tensor:
-            return column.to(logits.device, non_blocking=True)
-
-        columns = (batch.top_k, batch.top_p, batch.min_p)
-        filtered = True
-        if not batch.top_k.is_cuda:
-            filtered = bool((batch.top_k > 0).any() or (batch.top_p < 1).any() or (batch.min_p > 0).any())
-        top_k, top_p, min_p = (there(column) for column in columns) if filtered else (None, None, None)
+        filtered = cut = both = True
+        if batch.top_k.device.type == "cpu":
+            few, heavy = batch.top_k > 0, batch.top_p < 1
+            cut, both = bool((few | heavy).any()), bool((few & heavy).any())
+            filtered = cut or bool((batch.min_p > 0).any())
+        seed, temperature, top_k, top_p, min_p = _columns(batch, logits.device)
+        position = batch.position.to(logits.device, non_blocking=True)
+        if not filtered:
+            return sample.draw(logits, temperature, seed=seed, position=position, stream=int(stream))
         return sample.draw(
-            logits, there(batch.temperature), top_k, top_p, min_p, there(batch.seed), there(batch.position),
-            int(Stream.DRAW),
-        )  # fmt: skip
+            logits, temperature, top_k, top_p, min_p, seed, position, int(stream), any_cut=cut, any_both=both
+        )
 
     def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> LogprobTensors:
         """See DrawKernels."""
-        highest = torch.finfo(logits.dtype).max
-        logits = torch.nan_to_num(logits, nan=NEG_INF, posinf=highest, neginf=NEG_INF)
-        logprobs = torch.log_softmax(logits, dim=-1)
-        missing = tokens < 0
-        column = tokens.clamp(min=0)[:, None]
-        greater = (logits > logits.gather(1, column)).sum(dim=-1)
-        top_ids = _top_ids(logits, min(num_top, logits.shape[1]))
-        return LogprobTensors(
-            logprobs.gather(1, column)[:, 0].masked_fill(missing, NEG_INF),
-            (greater + 1).masked_fill(missing, 0),
-            top_ids,
-            logprobs.gather(1, top_ids),
-        )
+        return LogprobTensors(*select.top(logits, tokens, num_top))
 
 
-def _top_ids(logits: torch.Tensor, num_top: int) -> torch.Tensor:
-    """Greatest logits first, the lowest id among equals: one integer a token says both."""
-    bits = torch.where(logits == 0, 0.0, logits).contiguous().view(torch.int32)
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    keys = (order << 32) | (0xFFFF_FFFF - ids)
-    return 0xFFFF_FFFF - (keys.topk(num_top, dim=-1).values & 0xFFFF_FFFF)
+def _columns(batch: SamplingBatch, device: torch.device) -> list[torch.Tensor]:
+    """(seed, temperature, top_k, top_p, min_p) on the device: those of the host in one copy."""
+    columns = [batch.seed, batch.temperature, batch.top_k, batch.top_p, batch.min_p]
+    if device.type == "cpu" or batch.seed.device.type != "cpu":
+        return [column.to(device, non_blocking=True) for column in columns]
+    rows = len(batch.seed)
+    packed = torch.empty(6 * rows, dtype=torch.int32, pin_memory=True)
+    start = 0
+    places: list[slice] = []
+    for column in columns:
+        size = rows * column.element_size() // 4
+        places.append(slice(start, start + size))
+        packed[places[-1]].view(column.dtype).copy_(column)
+        start += size
+    sent = packed.to(device, non_blocking=True)
+    return [sent[place].view(column.dtype) for place, column in zip(places, columns, strict=True)]

@@ -42,12 +42,13 @@ class Stream(IntEnum):
     DRAW = 0  # shared by target and draft, on purpose
     REJECTION = 1  # coins of rejection sampling
     SYNTHETIC = 2  # coins of synthetic acceptance, in benchmarks
+    RESIDUAL = 3  # draws of rejection sampling: the draft it refuses was drawn with DRAW
 
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
+def philox4x32(counter: Words, key: tuple[int | torch.Tensor, int | torch.Tensor]) -> Words:
     """Philox4x32-10 of a batch of counters; every tensor int64 [n] with values in [0, 2**32)."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
@@ -88,6 +89,17 @@ def noise_words(
 def exponentials(words: torch.Tensor) -> torch.Tensor:
     """Standard exponentials of 32-bit words, float64 of the same shape; never 0 and never infinite."""
     return -torch.log1p(-(words.double() + 0.5) * 2.0**-32)
+
+
+def uniforms(seed: int | torch.Tensor, positions: torch.Tensor, stream: Stream) -> torch.Tensor:
+    """One number a position, float32 of the same shape as positions [n] int64, never 0 and never 1.
+
+    seed: of all of them, or int64 [n]. The upper 23 bits of the word of token 0, and a half: exact in float32, and the same everywhere.
+    """
+    zeros = torch.zeros_like(positions)
+    counter = (zeros, positions & _MASK32, torch.full_like(positions, int(stream)), zeros)
+    words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))[0]
+    return ((words >> 9).double() + 0.5).mul_(2.0**-23).float()
 
 
 def signed_bits(seed: int) -> int:

@@ -35,6 +35,7 @@ from octavo.core.messages import TokenLogprobs
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.noise import NOISE_SPAN, Stream, exponentials, noise_words
 from octavo.sampling.processors import NEG_INF, apply_processors
+from octavo.sampling.rejection import reject
 from octavo.sampling_params import GREEDY_BELOW
 
 NO_TOKEN = -1
@@ -59,7 +60,7 @@ class DrawKernels(Protocol):
         """Greatest logit's id, int64 [rows]; the lowest id among equals; NO_TOKEN where none is legal."""
         ...
 
-    def draw(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    def draw(self, logits: torch.Tensor, batch: SamplingBatch, stream: Stream = Stream.DRAW) -> torch.Tensor:
         """Steps 5 to 9, int64 [rows]; greedy rows as in `argmax`. Rows with position -1: any value."""
         ...
 
@@ -77,6 +78,29 @@ class ProcessKernels(Protocol):
         ...
 
 
+class AskedLogprobs(NamedTuple):
+    """Log-probabilities of the rows that asked for them, still where they were computed."""
+
+    tensors: LogprobTensors  # one row for each entry of `rows`
+    rows: list[int]  # rows of logits
+    num_top: list[int]  # how many of the most probable tokens each wants
+    num_rows: int  # rows of logits in all
+
+    def read(self) -> list[TokenLogprobs | None]:
+        """A row's, None where not asked for. Waits for the device if the tensors are on one."""
+        found: list[TokenLogprobs | None] = [None] * self.num_rows
+        for row, entry in zip(self.rows, token_logprobs(self.tensors, self.num_top), strict=True):
+            found[row] = entry
+        return found
+
+
+class Drawn(NamedTuple):
+    """What a step drew, still where it was computed."""
+
+    tokens: torch.Tensor  # [rows] int64; NO_TOKEN where the row had no legal token
+    logprobs: AskedLogprobs | None  # None: no row asked
+
+
 class SamplerOutput(NamedTuple):
     """What a step drew."""
 
@@ -92,6 +116,11 @@ class Sampler:
         self._process = kernels.process if isinstance(kernels, ProcessKernels) else apply_processors
 
     def __call__(self, logits: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
+        """As `draw`, and read back."""
+        drawn = self.draw(logits, batch)
+        return SamplerOutput(drawn.tokens, None if drawn.logprobs is None else drawn.logprobs.read())
+
+    def draw(self, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
         """Draw one token a row. `logits` is float32 [rows, vocab_size] and is written to."""
         asking: list[int] = []
         if batch.num_logprobs is not None:
@@ -103,14 +132,14 @@ class Sampler:
         if batch.changes_logits:
             self._process(logits, batch)
         tokens = self._kernels.argmax(logits) if batch.all_greedy else self._kernels.draw(logits, batch)
-        if batch.num_logprobs is None:
-            return SamplerOutput(tokens, None)
-
-        found = self.logprobs(raw, tokens[asking], [batch.num_logprobs[row] for row in asking])
-        logprobs: list[TokenLogprobs | None] = [None] * len(logits)
-        for row, token_logprobs in zip(asking, found, strict=True):
-            logprobs[row] = token_logprobs
-        return SamplerOutput(tokens, logprobs)
+        if batch.judged is not None:
+            tokens = reject(logits, batch, tokens, batch.judged, self._kernels)
+        if batch.num_logprobs is None or not asking:
+            return Drawn(tokens, None)
+        num_top = [batch.num_logprobs[row] for row in asking]
+        chosen = tokens if len(asking) == len(logits) else tokens[asking]
+        tensors = self._kernels.logprobs(raw, chosen, max(num_top))
+        return Drawn(tokens, AskedLogprobs(tensors, asking, num_top, len(logits)))
 
     def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, num_top: list[int]) -> list[TokenLogprobs]:
         """Log-probabilities of given tokens under given raw logits, as prompt_logprobs wants them too.
@@ -120,19 +149,23 @@ class Sampler:
         """
         if not num_top:
             return []
-        tensors = self._kernels.logprobs(logits, tokens, max(num_top))
-        rows = zip(
-            tensors.logprobs.tolist(),
-            tensors.ranks.tolist(),
-            tensors.top_ids.tolist(),
-            tensors.top_logprobs.tolist(),
-            num_top,
-            strict=True,
-        )
-        return [
-            TokenLogprobs(logprob, rank, top_ids[:count], top_logprobs[:count])
-            for logprob, rank, top_ids, top_logprobs, count in rows
-        ]
+        return token_logprobs(self._kernels.logprobs(logits, tokens, max(num_top)), num_top)
+
+
+def token_logprobs(tensors: LogprobTensors, num_top: list[int]) -> list[TokenLogprobs]:
+    """Plain data of some rows, each with as many of the most probable tokens as it wants."""
+    rows = zip(
+        tensors.logprobs.tolist(),
+        tensors.ranks.tolist(),
+        tensors.top_ids.tolist(),
+        tensors.top_logprobs.tolist(),
+        num_top,
+        strict=True,
+    )
+    return [
+        TokenLogprobs(logprob, rank, top_ids[:count], top_logprobs[:count])
+        for logprob, rank, top_ids, top_logprobs, count in rows
+    ]
 
 
 class TorchDraw:
@@ -149,7 +182,7 @@ class TorchDraw:
             tokens = torch.where(best == NEG_INF, NO_TOKEN, tokens)
         return tokens
 
-    def draw(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    def draw(self, logits: torch.Tensor, batch: SamplingBatch, stream: Stream = Stream.DRAW) -> torch.Tensor:
         """See DrawKernels."""
         columns = zip(
             batch.temperature.tolist(),
@@ -174,7 +207,7 @@ class TorchDraw:
             scaled = row_logits[kept].double() / temperature
             possible = scaled >= scaled.max() - NOISE_SPAN
             kept, scaled = kept[possible], scaled[possible]
-            noise = exponentials(noise_words(seed, position, kept, Stream.DRAW)).log()
+            noise = exponentials(noise_words(seed, position, kept, stream)).log()
             tokens[row] = int(kept[(scaled - noise).argmax()])
         return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
 

@@ -15,10 +15,11 @@ from octavo.speculation.lookup import MAX_MATCH, MIN_MATCH
 class CpuLookup:
     """See Proposer. `tables` are the device tables as C sees them."""
 
-    def __init__(self, tables: SlotTables, *, prompt: bool = True) -> None:
+    def __init__(self, tables: SlotTables, *, prompt: bool = True, min_match: int = MIN_MATCH) -> None:
         self.name = "prompt_lookup" if prompt else "predicted"
         self._tables = tables
         self._prompt = prompt
+        self._min_match = min_match
         self._predicted = kernels.Predictions(tables.num_slots, 0)
         self._has_prediction: set[int] = set()
 
@@ -57,6 +58,6 @@ class CpuLookup:
             self._tables,
             np.array(slots, dtype=np.int64),
             np.array(counts, dtype=np.int64),
-            MIN_MATCH,
+            self._min_match,
             MAX_MATCH,
         )

@@ -19,6 +19,7 @@ from octavo.core.messages import NewSlot
 from octavo.speculation.proposer import DraftTables
 
 MIN_MATCH = 2  # tokens that must recur before anything is guessed
+HYBRID_MIN_MATCH = 4  # the same where a draft model would guess otherwise
 MAX_MATCH = 8  # a longer match counts as this long
 
 
@@ -89,10 +90,11 @@ class Prediction:
 class PythonLookup:
     """See Proposer. Works on every device, and waits for it."""
 
-    def __init__(self, tables: DraftTables, *, prompt: bool = True) -> None:
+    def __init__(self, tables: DraftTables, *, prompt: bool = True, min_match: int = MIN_MATCH) -> None:
         self.name = "prompt_lookup" if prompt else "predicted"
         self._tables = tables
         self._prompt = prompt
+        self._min_match = min_match
         self._predicted: dict[int, tuple[Prediction, int]] = {}  # slot -> prediction, prompt length
 
     def enter(self, new: NewSlot) -> None:
@@ -116,7 +118,7 @@ class PythonLookup:
                 prediction.follow(tables.tokens[slot, start + prediction.num_read : known].tolist())
                 drafts = prediction.drafts(count)
             elif self._prompt:
-                drafts = prompt_lookup(tables.tokens[slot, :known].tolist(), count)
+                drafts = prompt_lookup(tables.tokens[slot, :known].tolist(), count, self._min_match)
             drafts = drafts[: max(0, int(tables.limit[slot]) - known)]
             if tables.finished[slot]:
                 drafts = []

@@ -9,7 +9,7 @@ from octavo.attention.backend import AttentionMetadata
 from octavo.core.messages import RowKind, SchedulerOutput
 from octavo.kernels.cpu import step as kernels
 from octavo.worker.input_batch import DeviceState
-from octavo.worker.step_math import StepInputs, StepResult
+from octavo.worker.step_math import StepInputs, Verdict
 
 
 class CpuStep:
@@ -22,6 +22,10 @@ class CpuStep:
         self._width = 0
         self._stop_ids = state.stop_ids
         self.tables = self._view_tables()
+
+    def change_slots(self, out: SchedulerOutput) -> None:
+        """See StepMath."""
+        self._state.change(out)
 
     def prepare(self, out: SchedulerOutput) -> StepInputs:
         """See StepMath."""
@@ -64,15 +68,17 @@ class CpuStep:
             draw_positions=step.draw_positions,
         )
 
-    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> StepResult:
+    def finish(
+        self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None
+    ) -> Verdict | None:
         """See StepMath."""
+        sampled = drawn is not None
         if drawn is None:
             drawn = torch.empty(0, dtype=torch.int64)
         tokens, numbers = kernels.finish(
             self.tables, self._rows, inputs.num_valid, drawn, self._num_sampled, self._width
         )
-        emitted, drafts, accepted, finished = numbers.tolist()
-        return StepResult(tokens.tolist(), emitted, drafts, accepted, finished)
+        return Verdict(tokens, numbers) if sampled else None
 
     def _view_tables(self) -> kernels.SlotTables:
         state = self._state

@@ -1,16 +1,23 @@
 """CUDA graphs of a step's first half, keyed by the padded number of token rows.
 
-A graph holds any mix of rows: attention is ragged and reads everything on the device. So a step of
-n rows is copied into the buffers of the next larger size, padded with rows that nothing reads, and
-replayed. All graphs share one memory pool; the largest is captured first, so that the others fit
-into its memory. What a graph returns lives in that pool until the next replay of any graph.
+A graph holds any mix of rows: attention is ragged and reads everything on the device. All graphs read
+the same buffers, `StepBuffers`. Whoever prepares a step writes it there, padded to the size of its
+graph, and the graph is replayed; a step prepared elsewhere is copied in first.
+
+There are two kinds of graphs. In one every request has few rows, as in decoding and verifying; the
+other also holds chunks of prompts, for which attention takes a second launch a layer. Steps with a
+chunk are rarer and longer, so there are fewer sizes of those.
+
+All graphs share one memory pool; the largest is captured first, so that the others fit into its
+memory. What a graph returns lives in that pool until the next replay of any graph.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +25,10 @@ from octavo.attention.backend import AttentionMetadata
 
 # forward(input_ids, metadata) -> [rows, hidden]; positions are the metadata's
 Forward = Callable[[torch.Tensor, AttentionMetadata], torch.Tensor]
+
+# A request of at most so many rows is one that decodes or verifies, or a chunk as short as that.
+SHORT_ROWS = 16
+_CHUNK_SIZES = (32, 64, 128, 256, 384)  # padded rows of steps with a chunk, below the largest
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -31,42 +42,85 @@ def graph_sizes(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
+@dataclass(frozen=True, slots=True)
+class GraphSizes:
+    """The padded numbers of rows there are graphs for, ascending."""
+
+    short: tuple[int, ...]  # of steps without a chunk
+    chunks: tuple[int, ...]  # of steps in which a request has more than SHORT_ROWS rows
+
+    @classmethod
+    def up_to(cls, most: int) -> GraphSizes:
+        """Up to `most` rows."""
+        return cls.of(graph_sizes(most))
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> GraphSizes:
+        """These sizes for short steps, and fewer up to the same number of rows for those with a chunk."""
+        short = tuple(sorted(sizes))
+        most = short[-1]
+        chunks = {size for size in (*_CHUNK_SIZES, most) if SHORT_ROWS < size <= most}
+        return cls(short, tuple(sorted(chunks)))
+
+    def padded(self, num_tokens: int, longest: int = 1) -> int | None:
+        """Rows that a step is padded to whose longest request has `longest`; None: no graph is that large."""
+        sizes = self.short if longest <= SHORT_ROWS else self.chunks
+        index = bisect_left(sizes, num_tokens)
+        return sizes[index] if index < len(sizes) else None
+
+
 @dataclass(slots=True)
-class GraphInputs:
-    """The buffers that all graphs read, each as long as the largest needs."""
+class StepBuffers:
+    """What a forward reads, at fixed places. Longer than any graph where steps without one use them too."""
 
     input_ids: torch.Tensor  # [rows] int64
     positions: torch.Tensor  # [rows] int64, -1 for padding
     slot_mapping: torch.Tensor  # [rows] int64, -1 for padding
-    query_start_loc: torch.Tensor  # [rows + 1] int32
-    seq_lens: torch.Tensor  # [rows] int32
-    block_table: torch.Tensor  # [rows, max_blocks] int32
+    query_start_loc: torch.Tensor  # [requests + 1] int32
+    seq_lens: torch.Tensor  # [requests] int32
+    table_rows: torch.Tensor  # [requests] int32
+    block_table: torch.Tensor  # [table rows, max_blocks] int32
 
     @classmethod
-    def allocate(cls, rows: int, max_blocks: int, device: torch.device) -> GraphInputs:
-        """Empty steps: no row belongs to a request."""
+    def allocate(cls, rows: int, requests: int, block_table: torch.Tensor) -> StepBuffers:
+        """Empty steps: no row belongs to a request. `block_table` is read where it is."""
+        device = block_table.device
         return cls(
             torch.zeros(rows, dtype=torch.int64, device=device),
             torch.full((rows,), -1, dtype=torch.int64, device=device),
             torch.full((rows,), -1, dtype=torch.int64, device=device),
-            torch.zeros(rows + 1, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            torch.zeros(rows, max_blocks, dtype=torch.int32, device=device),
+            torch.zeros(requests + 1, dtype=torch.int32, device=device),
+            torch.zeros(requests, dtype=torch.int32, device=device),
+            torch.zeros(requests, dtype=torch.int32, device=device),
+            block_table,
         )
 
-    def metadata(self, rows: int, max_seq_len: int) -> AttentionMetadata:
-        """The step that a graph of so many rows sees: as many requests as rows, most of them empty."""
+    def metadata(self, rows: int, requests: int, longest: int, max_seq_len: int) -> AttentionMetadata:
+        """A step of so many rows and at most so many requests, the longest of which has `longest` rows."""
+        requests = min(requests, len(self.seq_lens))
         return AttentionMetadata(
-            query_start_loc=self.query_start_loc[: rows + 1],
-            seq_lens=self.seq_lens[:rows],
-            block_table=self.block_table[:rows],
+            query_start_loc=self.query_start_loc[: requests + 1],
+            seq_lens=self.seq_lens[:requests],
+            block_table=self.block_table,
             slot_mapping=self.slot_mapping[:rows],
             positions=self.positions[:rows],
-            num_reqs=rows,
+            num_reqs=requests,
             num_tokens=rows,
-            max_query_len=rows,
+            max_query_len=longest,
             max_seq_len=max_seq_len,
+            table_rows=self.table_rows[:requests],
         )
+
+    def holds(self, step: AttentionMetadata) -> bool:
+        """True if the step was written into these buffers by whoever prepared it."""
+        return step.positions.data_ptr() == self.positions.data_ptr()
+
+    def clear(self) -> None:
+        """An empty step: nothing is stored and nothing attended to."""
+        self.query_start_loc.zero_()
+        self.positions.fill_(-1)
+        self.slot_mapping.fill_(-1)
+        self.seq_lens.zero_()
 
     def fill(self, input_ids: torch.Tensor, step: AttentionMetadata, rows: int) -> None:
         """Copy a step in and pad it to `rows`. Launches only; the host does not wait."""
@@ -77,10 +131,21 @@ class GraphInputs:
         self.slot_mapping[:tokens] = step.slot_mapping
         self.slot_mapping[tokens:rows] = -1
         self.query_start_loc[: requests + 1] = step.query_start_loc
-        self.query_start_loc[requests + 1 : rows + 1] = tokens
+        self.query_start_loc[requests + 1 :] = tokens
         self.seq_lens[:requests] = step.seq_lens
-        self.seq_lens[requests:rows] = 0
-        self.block_table[:requests, : step.block_table.shape[1]] = step.block_table
+        self.seq_lens[requests:] = 0
+        if step.table_rows is not None and step.block_table.data_ptr() == self.block_table.data_ptr():
+            self.table_rows[:requests] = step.table_rows
+            return
+        self.block_table[:requests, : step.block_table.shape[1]] = step.block_table[:requests]
+        torch.arange(requests, out=self.table_rows[:requests])
+
+
+class GraphKey(NamedTuple):
+    """What tells one graph from another."""
+
+    rows: int
+    has_chunk: bool  # a request may have more than SHORT_ROWS rows
 
 
 class CudaGraphs:
@@ -89,18 +154,24 @@ class CudaGraphs:
     def __init__(
         self,
         forward: Forward,
-        sizes: Sequence[int],
-        max_blocks: int,
+        sizes: GraphSizes,
+        buffers: StepBuffers,
         max_seq_len: int,
-        device: torch.device,
     ) -> None:
+        """`max_seq_len`: the longest context."""
         self._forward = forward
-        self._sizes = sorted(sizes)
+        self.sizes = sizes
         self._max_seq_len = max_seq_len
-        self._inputs = GraphInputs.allocate(self._sizes[-1], max_blocks, device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.buffers = buffers
+        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool: Any = None  # torch's handle of the memory pool
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(buffers.positions.device)  # type: ignore[no-untyped-call]
+
+    @property
+    def keys(self) -> list[GraphKey]:
+        """All graphs, the largest first."""
+        short = [GraphKey(size, False) for size in self.sizes.short]
+        return sorted(short + [GraphKey(size, True) for size in self.sizes.chunks], reverse=True)
 
     @property
     def num_captured(self) -> int:
@@ -108,21 +179,17 @@ class CudaGraphs:
         return len(self._graphs)
 
     @property
-    def missing(self) -> list[int]:
-        """Sizes not yet captured, the largest first."""
-        return [size for size in reversed(self._sizes) if size not in self._graphs]
+    def missing(self) -> list[GraphKey]:
+        """Graphs not yet captured, the largest first."""
+        return [key for key in self.keys if key not in self._graphs]
 
-    def padded(self, num_tokens: int) -> int | None:
-        """The size a step of so many rows is padded to; None if no graph is that large."""
-        return next((size for size in self._sizes if size >= num_tokens), None)
-
-    def capture(self, rows: int) -> None:
-        """Capture one size. Kernels are compiled and buffers made by a first run outside the graph."""
-        metadata = self._inputs.metadata(rows, self._max_seq_len)
-        ids = self._inputs.input_ids[:rows]
-        self._inputs.query_start_loc.zero_()  # an empty step: nothing is stored
-        self._inputs.positions.fill_(-1)
-        self._inputs.slot_mapping.fill_(-1)
+    def capture(self, key: GraphKey) -> None:
+        """Capture one graph. Kernels are compiled and buffers made by a first run outside of it."""
+        rows, has_chunk = key
+        longest = rows if has_chunk else min(rows, SHORT_ROWS)
+        metadata = self.buffers.metadata(rows, rows, longest, self._max_seq_len)
+        ids = self.buffers.input_ids[:rows]
+        self.buffers.clear()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._forward(ids, metadata)
@@ -131,22 +198,29 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             hidden = self._forward(ids, metadata)
         self._pool = self._pool or graph.pool()
-        self._graphs[rows] = graph, hidden
+        self._graphs[key] = graph, hidden
 
     def capture_all(self) -> None:
-        """Every size that is missing."""
-        for rows in self.missing:
-            self.capture(rows)
+        """Every graph that is missing."""
+        for key in self.missing:
+            self.capture(key)
 
     def replay(self, input_ids: torch.Tensor, step: AttentionMetadata) -> torch.Tensor:
         """Hidden states of a step [num_tokens, hidden], valid until the next replay of any graph.
 
         Raises KeyError if the step's size was not captured.
         """
-        rows = self.padded(step.num_tokens)
-        if rows is None or rows not in self._graphs:
+        rows = self.sizes.padded(step.num_tokens, step.max_query_len)
+        key = GraphKey(rows or 0, step.max_query_len > SHORT_ROWS)
+        if key not in self._graphs:
             raise KeyError(f"no graph for a step of {step.num_tokens} rows")
-        graph, hidden = self._graphs[rows]
-        self._inputs.fill(input_ids, step, rows)
+        graph, hidden = self._graphs[key]
+        if not self.buffers.holds(step):
+            self.buffers.fill(input_ids, step, key.rows)
         graph.replay()
         return hidden[: step.num_tokens]
+
+    def release(self) -> None:
+        """Give the graphs and their memory back."""
+        self._graphs.clear()
+        self._pool = None

@@ -1,8 +1,9 @@
 """How a step reaches the model runner: in line, or in a thread of its own, one step late.
 
 The engine says `launch`, then, if the step waits for grammar masks, `provide_masks`, and reads
-the oldest step with `collect`. In line all work is done inside these calls. With the thread,
-`launch` returns at once and the host schedules the next step meanwhile.
+the oldest step with `collect`. In line the step is launched inside these calls: a CPU has done it
+when they return, a GPU works on while the host schedules the next one. With the thread, `launch`
+returns at once on a CPU too.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from octavo.errors import EngineDeadError
 from octavo.worker.model_runner import GrammarMasks
 
 
+class Pending(Protocol):
+    """A launched step's answer."""
+
+    def read(self) -> ModelOutput: ...
+
+
 class StepRunner(Protocol):
     """What an executor drives: a `ModelRunner`, or a fake one in tests."""
 
     def forward(self, out: SchedulerOutput) -> None: ...
 
-    def sample(self, masks: GrammarMasks | None = None) -> ModelOutput: ...
+    def sample(self, masks: GrammarMasks | None = None) -> Pending: ...
 
 
 class Executor(Protocol):
@@ -46,11 +53,11 @@ class Executor(Protocol):
 
 
 class InlineExecutor:
-    """Runs each step where it is launched."""
+    """Launches each step where it is called, and reads it in `collect`."""
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
-        self._outputs: deque[ModelOutput] = deque()
+        self._outputs: deque[Pending] = deque()
 
     def launch(self, out: SchedulerOutput) -> None:
         """See Executor."""
@@ -64,7 +71,7 @@ class InlineExecutor:
 
     def collect(self) -> ModelOutput:
         """See Executor."""
-        return self._outputs.popleft()
+        return self._outputs.popleft().read()
 
     def shutdown(self) -> None:
         """See Executor."""
@@ -118,7 +125,7 @@ class ThreadExecutor:
                 masks = self._masks.get() if out.needs_mask else None
                 if out.needs_mask and masks is None:
                     return  # shut down while waiting
-                self._outputs.put(self._runner.sample(masks))
+                self._outputs.put(self._runner.sample(masks).read())
             except BaseException as error:  # handed to whoever collects
                 self._outputs.put(error)
                 return

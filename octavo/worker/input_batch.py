@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from octavo.core.messages import NewSlot
+from octavo.core.messages import NewSlot, SchedulerOutput
 
 MAX_DRAFTS = 16
 
@@ -46,6 +46,15 @@ class DeviceState:
         self.block_table = torch.zeros(num_slots, -(-width // block_size), dtype=torch.int32, device=device)
         self.num_blocks = [0] * num_slots  # the host's: how far each block table is filled
 
+    def change(self, out: SchedulerOutput) -> None:
+        """All that a step changes before its rows: requests leave, enter, grow."""
+        for slot in out.freed_slots:
+            self.remove(slot)
+        for new in out.new_slots:
+            self.put(new)
+        for slot, block_ids in out.new_blocks:
+            self.append_blocks(slot, block_ids)
+
     def put(self, new: NewSlot) -> None:
         """A request enters a slot."""
         slot = new.slot
@@ -55,10 +64,7 @@ class DeviceState:
         self.num_drafts[slot] = 0
         self.limit[slot] = new.limit
         self.finished[slot] = False
-        missing = len(new.stop_token_ids) - self.stop_ids.shape[1]
-        if missing > 0:
-            more = self.stop_ids.new_full((self.num_slots, missing), -1)
-            self.stop_ids = torch.cat((self.stop_ids, more), dim=1)
+        self.widen_stop_ids(len(new.stop_token_ids))
         self.stop_ids[slot] = -1
         self._write(self.stop_ids, slot, 0, new.stop_token_ids)
         self.num_blocks[slot] = 0
@@ -68,6 +74,13 @@ class DeviceState:
         """The block table of a slot grows."""
         self._write(self.block_table, slot, self.num_blocks[slot], block_ids)
         self.num_blocks[slot] += len(block_ids)
+
+    def widen_stop_ids(self, count: int) -> None:
+        """Room for so many stop ids a request; the table may be another one afterwards."""
+        missing = count - self.stop_ids.shape[1]
+        if missing > 0:
+            more = self.stop_ids.new_full((self.num_slots, missing), -1)
+            self.stop_ids = torch.cat((self.stop_ids, more), dim=1)
 
     def remove(self, slot: int) -> None:
         """The request of a slot has left."""

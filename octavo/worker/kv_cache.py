@@ -25,6 +25,16 @@ CPU_KV_MOST = 4 * GIB
 
 
 @dataclass(frozen=True)
+class DraftMemory:
+    """What a draft model needs beside its KV cache, and how large that is. Sizes in bytes."""
+
+    weights: int
+    activations: int
+    block_bytes: int  # one block, all its layers; as many tokens as one of the target's
+    kv_share: float  # of the bytes of the target's KV cache
+
+
+@dataclass(frozen=True)
 class MemoryRequest:
     """What the plan is made from. Sizes in bytes."""
 
@@ -40,6 +50,13 @@ class MemoryRequest:
     max_model_len: int | None  # what the user asked for
     max_num_seqs: int
     kv_cache_memory: int | None  # what the user asked for
+    draft: DraftMemory | None = None
+
+    @property
+    def fixed(self) -> int:
+        """All that does not depend on the size of the KV caches."""
+        draft = 0 if self.draft is None else self.draft.weights + self.draft.activations
+        return self.weights + self.activations + self.slots + draft
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class MemoryPlan:
     request: MemoryRequest
     num_blocks: int
     max_model_len: int
+    num_draft_blocks: int = 0
 
     @property
     def kv(self) -> int:
@@ -63,7 +81,13 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Everything together."""
-        return self.request.weights + self.request.activations + self.request.slots + self.kv
+        return self.request.fixed + self.kv + self.draft_kv
+
+    @property
+    def draft_kv(self) -> int:
+        """The draft model's KV cache."""
+        draft = self.request.draft
+        return 0 if draft is None else self.num_draft_blocks * draft.block_bytes
 
     def concurrency(self, num_tokens: int) -> int:
         """Requests of `num_tokens` tokens that fit at the same time."""
@@ -80,7 +104,8 @@ class MemoryPlan:
                 f"{_size(self.kv)}  ({self.num_blocks:,} blocks of {asked.block_size}, "
                 f"{self.kv_tokens:,} tokens, {_size(asked.block_bytes / asked.block_size)} each)",
             ),
-            ("activations", _size(asked.activations)),
+            *self._draft_rows(),
+            ("activations", _size(asked.activations + (asked.draft.activations if asked.draft else 0))),
             ("slots", f"{_size(asked.slots)}  ({asked.max_num_seqs} requests at a time)"),
             ("together", f"{_size(self.total)} of {_size(asked.budget)} {asked.budget_name}"),
             ("longest context", f"{self.max_model_len:,} tokens"),
@@ -93,19 +118,35 @@ class MemoryPlan:
         )
 
 
+    def _draft_rows(self) -> list[tuple[str, str]]:
+        draft, block_size = self.request.draft, self.request.block_size
+        if draft is None:
+            return []
+        blocks = self.num_draft_blocks
+        return [
+            ("draft model", _size(draft.weights)),
+            (
+                "draft KV cache",
+                f"{_size(self.draft_kv)}  ({blocks:,} blocks of {block_size}, {blocks * block_size:,} tokens, "
+                f"{_size(draft.block_bytes / block_size)} each)",
+            ),
+        ]
+
+
 def plan_memory(asked: MemoryRequest) -> MemoryPlan:
     """Plan, or raise InsufficientMemoryError with the options that would help.
 
     A given kv_cache_memory is taken as it is. Otherwise the KV cache gets what the budget leaves,
     on a CPU at most a quarter of it and 4 GiB. max_model_len, if it was not given, is what the
-    model allows and the KV cache holds.
+    model allows and the KV cache holds. A draft model's KV cache comes on top, so that speculating
+    leaves plain decoding the memory it had.
     """
     if asked.max_model_len is not None and asked.max_model_len > asked.model_max_len:
         raise ConfigError(
             f"max_model_len={asked.max_model_len} is more than the {asked.model_max_len} tokens this "
             f"model was made for; set max_model_len to at most {asked.model_max_len}"
         )
-    fixed = asked.weights + asked.activations + asked.slots
+    fixed = asked.fixed
     left = asked.budget - fixed
     if left < asked.block_bytes:
         raise InsufficientMemoryError(
@@ -122,10 +163,20 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
                 f"Set kv_cache_memory to at most {left // MIB}MB, or lower max_num_seqs "
                 f"({asked.max_num_seqs})."
             )
-    elif asked.device == "cpu":
-        kv = min(int(asked.budget * CPU_KV_SHARE), CPU_KV_MOST, left)
+        draft_kv = _draft_bytes(asked, kv)
+        if kv + draft_kv > left:
+            raise InsufficientMemoryError(
+                f"a draft KV cache of {_size(draft_kv)} beside kv_cache_memory={_size(kv)} does not fit: "
+                f"{_size(left)} are left of {_size(asked.budget)} {asked.budget_name}.\nSet kv_cache_memory to "
+                f"at most {int((left - asked.block_bytes) / (kv + draft_kv) * kv) // MIB}MB, or lower "
+                "draft_kv_share."
+            )
     else:
+        if asked.draft is not None:
+            left = int(left / (1.0 + asked.draft.kv_share))
         kv = left
+        if asked.device == "cpu":
+            kv = min(int(asked.budget * CPU_KV_SHARE), CPU_KV_MOST, left)
     if kv < asked.block_bytes:
         raise InsufficientMemoryError(
             f"kv_cache_memory={_size(kv)} holds not even one block of {asked.block_size} tokens; set "
@@ -145,7 +196,18 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
             f"{wanted:,}.\nSet kv_cache_memory to at least {math.ceil(least / MIB)}MB, or max_model_len to "
             f"at most {kv_tokens}."
         )
-    return MemoryPlan(asked, num_blocks, wanted)
+    if asked.draft is None:
+        return MemoryPlan(asked, num_blocks, wanted)
+    draft_kv = _draft_bytes(asked, num_blocks * asked.block_bytes)
+    # It never needs more tokens than the target's holds.
+    return MemoryPlan(asked, num_blocks, wanted, min(num_blocks, draft_kv // asked.draft.block_bytes))
+
+
+def _draft_bytes(asked: MemoryRequest, kv: int) -> int:
+    """Whole blocks for the share of `kv` that the draft model's KV cache gets, at least one."""
+    if asked.draft is None:
+        return 0
+    return max(1, int(kv * asked.draft.kv_share) // asked.draft.block_bytes) * asked.draft.block_bytes
 
 
 def allocate_kv_caches(

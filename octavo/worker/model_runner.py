@@ -2,12 +2,12 @@
 
 A step is two launches. `forward` takes the rows and ends with logits; `sample` takes the grammar
 masks, if any row waits for one, and ends with the tokens of the step and the moved counters.
-Between the two the host may read the previous step and advance its grammars.
+Between the two the host may read the previous step and advance its grammars. Neither waits for a
+GPU: `sample` returns a `PendingOutput`, and only reading that does.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,21 +16,18 @@ import numpy.typing as npt
 import torch
 
 from octavo.attention.backend import AttentionMetadata, ForwardContext
-from octavo.core.messages import (
-    Finish,
-    ModelOutput,
-    NewSlot,
-    PromptLogprobs,
-    RowKind,
-    SchedulerOutput,
-    TokenLogprobs,
-)
+from octavo.core.messages import NewSlot, PromptLogprobs, RowKind, SchedulerOutput, TokenLogprobs
 from octavo.models.decoder import CausalLM
-from octavo.sampling.batch import Bitmask, SamplingSlots, compile_params
-from octavo.sampling.sampler import NO_TOKEN, Sampler
-from octavo.speculation.proposer import Proposer
-from octavo.worker.input_batch import DeviceState
-from octavo.worker.step_math import StepInputs, StepMath, StepResult
+from octavo.sampling.batch import Bitmask, SamplingBatch, SamplingSlots, compile_params
+from octavo.sampling.sampler import AskedLogprobs, Drawn, Sampler
+from octavo.speculation.acceptance import Acceptance, VerifyRows
+from octavo.speculation.draft_model import DraftModel
+from octavo.speculation.proposer import Proposer, TakesContinuations
+from octavo.worker.cuda_graph import CudaGraphs
+from octavo.worker.device_time import Mark
+from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
+from octavo.worker.pending import PendingOutput, PendingPasses
+from octavo.worker.step_math import StepInputs, StepMath, Verdict
 
 # slot -> bit masks of its rows of logits, int32 [rows of the slot, words]
 GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
@@ -38,12 +35,6 @@ GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
 # Prompt logprobs need the head on every row of a chunk: in slices, because one row of logits is
 # vocab_size floats.
 _HEAD_SLICE = 64
-
-_NO_TOKEN_MESSAGE = (
-    "no token is legal here: the masks of this request (structured_outputs, allowed_token_ids, "
-    "logit_bias, bad_words, min_tokens) exclude each other, or the model computed no finite logit"
-)
-
 
 @dataclass(slots=True)
 class _Launched:
@@ -53,7 +44,7 @@ class _Launched:
     inputs: StepInputs
     logits: torch.Tensor | None  # [L, vocab_size] float32; None if nothing is sampled
     prompt_logprobs: list[PromptLogprobs | None]
-    started: float
+    started: Mark
 
 
 class ModelRunner:
@@ -67,6 +58,10 @@ class ModelRunner:
         steps: StepMath,
         sampler: Sampler,
         proposer: Proposer | None = None,
+        graphs: CudaGraphs | None = None,
+        acceptance: Acceptance | None = None,
+        sampling: SamplingSlots | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.model = model
         self.state = state
@@ -74,7 +69,11 @@ class ModelRunner:
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._proposer = proposer
-        self._sampling = SamplingSlots(state.num_slots)
+        self._graphs = graphs
+        self._acceptance = acceptance  # None: replay
+        self.num_replayed = self.num_eager = 0  # forwards by graph, and without one
+        self._sampling = sampling or SamplingSlots(state.num_slots)
+        self.draft_model = draft_model  # drafts where the proposer, if there is one, found nothing
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, how many)
         self._launched: _Launched | None = None
         # Only grammars and traces want to know the drafts themselves.
@@ -84,21 +83,23 @@ class ModelRunner:
     def forward(self, out: SchedulerOutput) -> None:
         """First launch: apply the slot changes of `out` and compute its rows up to the logits."""
         assert self._launched is None, "the step before was not sampled"
-        started = time.perf_counter()
+        started = Mark(self.state.device)
         for slot in out.freed_slots:
-            self.state.remove(slot)
             self._sampling.remove(slot)
             self._prompt_logprobs.pop(slot, None)
             if self._proposer is not None:
                 self._proposer.leave(slot)
+        self._steps.change_slots(out)
         for new in out.new_slots:
-            self._put(new)
-        for slot, block_ids in out.new_blocks:
-            self.state.append_blocks(slot, block_ids)
+            self._enter(new)
+        if self.draft_model is not None and out.draft is not None:
+            self.draft_model.change(out.draft)
+
+        if out.continuations and isinstance(self._proposer, TakesContinuations):
+            self._proposer.continue_with(out.continuations)
 
         inputs = self._steps.prepare(out)
-        context = ForwardContext(inputs.metadata, self._kv_caches)
-        hidden = self.model.forward(inputs.input_ids, inputs.positions, context)
+        hidden = self._forward(inputs.input_ids, inputs.metadata)
         logits = None
         if len(inputs.logits_rows):
             all_rows = len(inputs.logits_rows) == len(hidden)
@@ -108,23 +109,14 @@ class ModelRunner:
         self._launched = _Launched(out, inputs, logits, prompt_logprobs, started)
 
     @torch.inference_mode()
-    def sample(self, masks: GrammarMasks | None = None) -> ModelOutput:
+    def sample(self, masks: GrammarMasks | None = None) -> PendingOutput:
         """Second launch: draw, verify, move the counters. `masks` has an entry a mask slot."""
         launched = self._launched
         assert launched is not None, "no forward to sample from"
         self._launched = None
         out, inputs = launched.out, launched.inputs
-        count = len(out.rows)
-        output = ModelOutput(
-            step_id=out.step_id,
-            keys=out.row_keys,
-            tokens=[[] for _ in range(count)],
-            num_drafts_valid=[0] * count,
-            num_accepted=[0] * count,
-            finished=[Finish.NO] * count,
-            logprobs=[None] * count,
-            prompt_logprobs=launched.prompt_logprobs,
-        )
+        verdict: Verdict | None = None
+        logprobs: AskedLogprobs | None = None
         if launched.logits is None:
             self._steps.finish(out, inputs, None)
         else:
@@ -132,14 +124,43 @@ class ModelRunner:
             batch = self._sampling.batch(
                 inputs.logits_slots, inputs.draw_positions, self.state.tokens, grammar
             )
-            drawn, logprobs = self._sampler(launched.logits, batch)
-            _fill(output, out, self._steps.finish(out, inputs, drawn), logprobs)
-        drawn_at = time.perf_counter()
-        output.target_seconds = drawn_at - launched.started
+            drawn, logprobs = self._draw(inputs, launched.logits, batch)
+            verdict = self._steps.finish(out, inputs, drawn)
+        drawn_at = Mark(self.state.device)
+        passes = self._propose(out)
+        counts = drafts = None
+        if out.propose and (self._proposer is not None or self.draft_model is not None):
+            counts = self.state.num_drafts
+            drafts = self._drafts([slot for slot, _ in out.propose]) if self._reads_drafts else None
+        return PendingOutput(
+            out, self.state.device, launched.started, drawn_at, verdict, logprobs, launched.prompt_logprobs,
+            counts, drafts, passes,
+        )  # fmt: skip
+
+    def _propose(self, out: SchedulerOutput) -> PendingPasses | None:
+        """Drafts for the next step: the proposer's, and where it found nothing the draft model's."""
         if out.propose and self._proposer is not None:
-            self._propose(out, output, self._proposer)
-            output.draft_seconds = time.perf_counter() - drawn_at
-        return output
+            slots, asked = zip(*out.propose, strict=True)
+            self._proposer.propose(slots, asked)
+        model, device = self.draft_model, self.state.device
+        if model is None:
+            return None
+        started = Mark(device)
+        rows = model.start(out)
+        first = Mark(device)
+        model.go_on()
+        return PendingPasses(rows, started, first, model.from_model) if rows else None
+
+    def _draw(self, inputs: StepInputs, logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
+        acceptance = self._acceptance
+        if acceptance is None:
+            return self._sampler.draw(logits, batch)
+        read = inputs.input_ids[inputs.logits_rows]
+        rows = VerifyRows.of(inputs.logits_slots, inputs.draw_positions, read)
+        acceptance.before_draw(rows, batch)
+        drawn = self._sampler.draw(logits, batch)
+        acceptance.after_draw(rows, drawn.tokens)
+        return drawn
 
     @torch.inference_mode()
     def time_rows(self, num_rows: int) -> float:
@@ -158,27 +179,34 @@ class ModelRunner:
             max_query_len=num_rows,
             max_seq_len=0,
         )
-        started = time.perf_counter()
-        hidden = self.model.forward(ids, padding, ForwardContext(metadata, self._kv_caches))
+        started = Mark(device)
+        hidden = self._forward(ids, metadata)
         self.model.logits(hidden)
-        return time.perf_counter() - started
+        ended = Mark(device)
+        ended.wait()
+        return started.seconds_until(ended)
 
-    def _propose(self, out: SchedulerOutput, output: ModelOutput, proposer: Proposer) -> None:
-        slots, counts = zip(*out.propose, strict=True)
-        proposer.propose(slots, counts)
+    def _forward(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """[num_tokens, hidden]; what a graph returns is valid until the next forward."""
+        graphs = self._graphs
+        if graphs is not None and graphs.sizes.padded(metadata.num_tokens, metadata.max_query_len):
+            self.num_replayed += 1
+            return graphs.replay(input_ids, metadata)
+        self.num_eager += 1
+        return self.model.forward(input_ids, metadata.positions, ForwardContext(metadata, self._kv_caches))
+
+    def _drafts(self, slots: list[int]) -> torch.Tensor:
+        """What lies behind the known tokens of these slots: [slots, MAX_DRAFTS]"""
         state = self.state
-        if state.device.type == "cpu":  # elsewhere it would mean to wait
-            output.num_drafted = dict(zip(slots, state.num_drafts[list(slots)].tolist(), strict=True))
-        if not self._reads_drafts:
-            return
-        for slot in slots:
-            known, count = int(state.num_tokens[slot]), int(state.num_drafts[slot])
-            output.drafts[slot] = state.tokens[slot, known : known + count].tolist()
+        rows = torch.tensor(slots).to(state.device, non_blocking=True)
+        columns = state.num_tokens[rows, None] + torch.arange(MAX_DRAFTS, device=state.device)
+        return state.tokens[rows[:, None], columns]
 
-    def _put(self, new: NewSlot) -> None:
-        self.state.put(new)
+    def _enter(self, new: NewSlot) -> None:
         if self._proposer is not None:
             self._proposer.enter(new)
+        if self._acceptance is not None:
+            self._acceptance.enter(new)
         self._reads_drafts = self._reads_drafts or new.params.structured_outputs is not None
         self._reads_drafts = self._reads_drafts or new.params.trace
         params = new.params
@@ -229,26 +257,3 @@ def _grammar_rows(masks: GrammarMasks, row_slots: npt.NDArray[np.int64]) -> Bitm
         rows.append(mine)
         words.append(mask[: len(mine)])
     return Bitmask(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(words)))
-
-
-def _fill(
-    output: ModelOutput, out: SchedulerOutput, result: StepResult, logprobs: list[TokenLogprobs | None] | None
-) -> None:
-    """Put what was read back where its requests are."""
-    place, start = 0, 0  # among the sampled requests, and among the rows of logits
-    for index, (_, num_rows, kind, samples) in enumerate(out.rows):
-        if not samples:
-            continue
-        mine = result.tokens[place][: result.num_emitted[place]]
-        if finished := result.finished[place]:
-            output.finished[index] = Finish(finished)
-            if mine[-1] == NO_TOKEN:
-                mine.pop()
-                output.errors[output.keys[index]] = _NO_TOKEN_MESSAGE
-        output.tokens[index] = mine
-        output.num_drafts_valid[index] = result.num_drafts[place]
-        output.num_accepted[index] = result.num_accepted[place]
-        if logprobs is not None and logprobs[start] is not None:
-            output.logprobs[index] = [entry for entry in logprobs[start : start + len(mine)] if entry]
-        place += 1
-        start += num_rows if kind is RowKind.VERIFY else 1

@@ -1,7 +1,8 @@
 """What a step computes around the forward pass: inputs before it, verification and counters after.
 
 `StepMath` is the seam; `TorchStep` is the reference, for every device, and the oracle of the
-compiled ones. Nothing in it waits for the device, and no shape depends on what the device holds.
+compiled ones. No shape depends on what the device holds, and the result stays there as a `Verdict`:
+on a GPU the host reads it when it is there, and may launch the next step before that.
 """
 
 from __future__ import annotations
@@ -37,24 +38,27 @@ class StepInputs:
 
 
 @dataclass(slots=True)
-class StepResult:
-    """What a step brought, read back. S sampled requests, at most W tokens each."""
+class Verdict:
+    """What a step brought, where it was computed. S sampled requests, at most W tokens each."""
 
-    tokens: list[list[int]]  # [S][W], the first num_emitted of each count
-    num_emitted: list[int]  # [S]
-    num_drafts: list[int]  # [S] drafts really verified
-    num_accepted: list[int]  # [S]
-    finished: list[int]  # [S] Finish
+    tokens: torch.Tensor  # [S, W] int64, the first num_emitted of each row count
+    numbers: torch.Tensor  # [4, S] int64: tokens emitted, drafts verified, drafts accepted, Finish
 
 
 class StepMath(Protocol):
-    """The two computations of a step outside the model."""
+    """The computations of a step outside the model."""
+
+    def change_slots(self, out: SchedulerOutput) -> None:
+        """Requests leave and enter their slots, block tables grow: before `prepare`."""
+        ...
 
     def prepare(self, out: SchedulerOutput) -> StepInputs:
         """Inputs of the forward pass, from the device's own counters."""
         ...
 
-    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> StepResult:
+    def finish(
+        self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None
+    ) -> Verdict | None:
         """Verify drafts, cut at stop tokens and limits, and move the counters.
 
         drawn: [L] int64, what the target drew at each row of logits; None if nothing is sampled. A
@@ -106,6 +110,10 @@ class TorchStep:
     def __init__(self, state: DeviceState) -> None:
         self._state = state
 
+    def change_slots(self, out: SchedulerOutput) -> None:
+        """See StepMath."""
+        self._state.change(out)
+
     def prepare(self, out: SchedulerOutput) -> StepInputs:
         """See StepMath."""
         state, to, rows = self._state, self._to_device, StepRows.of(out)
@@ -149,13 +157,15 @@ class TorchStep:
             draw_positions=torch.where(drawn_from < 0, -1, drawn_from + 1),
         )
 
-    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> StepResult:
+    def finish(
+        self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None
+    ) -> Verdict | None:
         """See StepMath."""
         state, to, rows = self._state, self._to_device, StepRows.of(out)
         slots = to(rows.slots)
         if drawn is None:
             state.num_computed[slots] += inputs.num_valid
-            return StepResult([], [], [], [], [])
+            return None
         width = int(rows.logits_column.max()) + 1
         sampled, is_verify = to(rows.sampled), to(rows.is_verify)
         slot = slots[sampled]
@@ -191,13 +201,8 @@ class TorchStep:
         advance[sampled] += emitted * is_verify[sampled]
         state.num_computed[slots] += advance
         state.num_drafts[slots] = 0
-        return StepResult(
-            tokens.tolist(),
-            emitted.tolist(),
-            num_drafts.tolist(),
-            torch.minimum(accepted, emitted).tolist(),
-            finished.tolist(),
-        )
+        accepted = torch.minimum(accepted, emitted)
+        return Verdict(tokens, torch.stack((emitted, num_drafts, accepted, finished)))
 
     def _to_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._state.device, non_blocking=True)

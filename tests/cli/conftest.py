@@ -35,12 +35,13 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run `octavo …`; `stdin` is what is piped in, None stands for a terminal."""
 
-    def call(*arguments: str, stdin: str | None = None) -> Result:
+    def call(*arguments: str, stdin: str | bytes | None = None) -> Result:
         class Stdin(io.TextIOWrapper):
             def isatty(self) -> bool:
                 return stdin is None
 
-        monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO((stdin or "").encode()), encoding="utf-8"))
+        raw = stdin if isinstance(stdin, bytes) else (stdin or "").encode()
+        monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(raw), encoding="utf-8"))
         code = main(list(arguments))
         out, err = capsys.readouterr()
         return Result(code, out, err)

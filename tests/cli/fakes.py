@@ -16,6 +16,7 @@ class FakeLLM:
     answer = "one two three"
     errors: list[str | None]  # of the first answers; later ones have none. Set by the fixture
     model_path = "unset"
+    generation_defaults: dict[str, Any] = {}  # noqa: RUF012 (tests replace it)
     fail_start: BaseException | None = None
 
     def __init__(self, **kwargs: Any) -> None:

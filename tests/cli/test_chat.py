@@ -81,6 +81,14 @@ def test_an_error_leaves_the_conversation_as_it_was(cli: Cli, fake_llm: type[Fak
     ]
 
 
+def test_a_line_that_is_not_utf8_is_left_out(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    result = cli("chat", "m", stdin=b"one\ncaf\xe9\ntwo\n")
+    assert result.code == 0
+    assert "octavo: error: stdin is not UTF-8 text: byte 0xe9" in result.err
+    assert [messages[-1]["content"] for messages, _ in fake_llm.made[0].calls] == ["one", "two"]
+    assert cli("chat", "m", "--prompt", "-", stdin=b"\xff").code == 1
+
+
 class Interrupted(FakeLLM):
     """Ctrl-C arrives while the second word of the first answer is made."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 
+import pytest
+
+from octavo.cli.main import main
 from tests.cli.conftest import Cli
 from tests.cli.fakes import FakeLLM
 
@@ -33,6 +36,28 @@ def test_stdin_is_read(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     cli("generate", "m", stdin="from a pipe\n")
     cli("generate", "m", "--prompt", "first", "--prompt", "-", stdin="second")
     assert [llm.calls[0][0] for llm in fake_llm.made] == [["from a pipe"], ["first", "second"]]
+
+
+def test_stdin_that_is_not_utf8_is_one_clear_error(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    result = cli("generate", "m", stdin=b"fine\ncaf\xe9\n")
+    assert result.code == 1
+    assert "not UTF-8 text: byte 0xe9 in line 2, at offset 8" in result.err
+    assert "iconv" in result.err
+    assert fake_llm.made == []  # before a model is loaded
+
+
+def test_windows_newlines_become_plain_ones(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    cli("generate", "m", stdin=b"one\r\ntwo\r\n")
+    assert fake_llm.made[0].calls[0][0] == ["one\ntwo"]
+
+
+def test_a_closed_stdin_is_no_prompt(
+    cli: Cli, fake_llm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "m"]) == 2
+    assert main(["generate", "m", "--prompt", "-"]) == 2
+    assert fake_llm.made == []
 
 
 def test_no_prompt_at_a_terminal_is_wrong_usage(cli: Cli, fake_llm: type[FakeLLM]) -> None:
@@ -104,12 +129,8 @@ def test_illegal_sampling_is_refused_before_loading(cli: Cli, fake_llm: type[Fak
     assert fake_llm.made == []
 
 
-def test_the_models_defaults_fill_what_was_not_given(
-    cli: Cli, fake_llm: type[FakeLLM], tmp_path: Path
-) -> None:
-    config = {"temperature": 0.6, "top_p": 0.95, "eos_token_id": 2}
-    (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    fake_llm.model_path = str(tmp_path)
+def test_the_models_defaults_fill_what_was_not_given(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    fake_llm.generation_defaults = {"temperature": 0.6, "top_p": 0.95, "eos_token_id": 2}
     cli("generate", "m", "--prompt", "a", "--top-p", "0.5")
     cli("chat", "m", "--prompt", "a", "--top-p", "0.5")
     cli("generate", "m", "--prompt", "a")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from octavo.cli import main as cli_main
 from octavo.errors import InsufficientMemoryError
+from tests.checkpoints import make_checkpoint
 from tests.cli.conftest import Cli
 from tests.cli.fakes import FakeLLM
 
@@ -53,6 +55,42 @@ def test_unknown_option_is_suggested(cli: Cli) -> None:
     assert "--temperature" in result.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["--max-seq-len", "9"], "--max-model-len"),
+        (["--random-seed", "9"], "--engine-seed"),
+        (["--task", "embed"], "not in this version"),
+        (["--max-new-tokens", "9"], "--max-tokens"),
+        (["--guided-regex", "9"], "--structured-outputs={'regex': …}"),
+        (["--do-sample"], "--temperature (0 is greedy)"),
+        (["--model", "x"], "first argument"),
+        (["--swap-space", "4"], "computed again"),
+    ],
+)
+def test_flags_of_other_engines_are_answered_with_ours(cli: Cli, arguments: list[str], advice: str) -> None:
+    result = cli("generate", "x", *arguments, "--prompt", "a")
+    assert result.code == 2
+    assert "No such option: --" in result.err
+    assert advice in result.err
+
+
+@pytest.mark.parametrize(
+    ("verb", "advice"),
+    [
+        ("complete", "called generate"),
+        ("run-batch", "called batch"),
+        ("embed", "not in this version"),
+        ("rerank", "not in this version"),
+        ("score", "not in this version"),
+    ],
+)
+def test_verbs_of_other_engines_are_answered_with_ours(cli: Cli, verb: str, advice: str) -> None:
+    result = cli(verb, "some-model", "--port", "8000")
+    assert result.code == 2
+    assert advice in result.err
+
+
 def test_an_error_is_one_block(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     fake_llm.fail_start = InsufficientMemoryError("too big; lower max_model_len to 512")
     result = cli("generate", "x", "--prompt", "hello")
@@ -91,19 +129,39 @@ def test_an_interrupt_is_quiet(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     assert (result.code, result.out, result.err.strip()) == (130, "", "")
 
 
-def test_a_broken_pipe_is_quiet() -> None:
+def run_into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     read_end, write_end = os.pipe()
     os.close(read_end)
     process = subprocess.run(
-        [sys.executable, "-m", "octavo", "--help"],
+        [sys.executable, "-m", "octavo", *arguments],
         stdout=write_end,
         stderr=subprocess.PIPE,
         timeout=60,
         check=False,
     )
     os.close(write_end)
-    assert process.returncode == 1
+    return process
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    process = run_into_a_closed_pipe("--help")
+    assert process.returncode == 141  # 128 + SIGPIPE, what shells show for other programs
     assert process.stderr == b""
+
+
+def test_a_closed_pipe_ends_an_answer_quietly(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", tokenizer=True)
+    options = ["--prompt", "hi", "--kv-cache-memory", "4MB", "--ignore-eos", "--quiet"]
+    process = run_into_a_closed_pipe("generate", str(folder), *options)
+    assert process.returncode == 141
+    assert process.stderr == b""
+
+
+def test_shells_can_complete() -> None:
+    env = {**os.environ, "_OCTAVO_COMPLETE": "bash_complete", "COMP_WORDS": "octavo gen", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "octavo"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert "generate" in done.stdout
 
 
 def test_wrong_size_is_refused_by_the_config(cli: Cli) -> None:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import random
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.core.messages import (
+    DraftGroup,
+    DraftRows,
     Finish,
     ModelOutput,
     NewSlot,
@@ -48,6 +51,83 @@ class _Slot:
     num_computed: int
     drafts: list[int] = field(default_factory=list)
     finished: bool = False
+    draft_blocks: list[int] = field(default_factory=list)
+    draft_computed: int = 0
+
+
+class DraftModel:
+    """The draft model's part: a cache of its own, which is checked as strictly as the target's.
+
+    `match` is the chance that a lookup goes first and finds something; None: there is no lookup.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, max_len: int, match: float | None) -> None:
+        self.block_size = block_size
+        self.max_len = max_len
+        self.match = match
+        self.cache: list[list[tuple[int, ...] | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.num_rounds = 0
+        self.num_caught_up = 0
+
+    def change(self, group: DraftGroup, slots: dict[int, _Slot]) -> None:
+        for slot in group.left:
+            assert slots[slot].draft_blocks, "left without having entered"
+            slots[slot].draft_blocks = []
+        for slot, num_computed, block_ids in group.entered:
+            assert not slots[slot].draft_blocks, "entered twice"
+            slots[slot].draft_blocks = list(block_ids)
+            slots[slot].draft_computed = num_computed
+        for slot, ids in group.new_blocks:
+            slots[slot].draft_blocks += ids
+
+    def run(
+        self, rows: list[DraftRows], slots: dict[int, _Slot], matched: set[int], guess: Callable[[_Slot], int]
+    ) -> dict[int, list[int]]:
+        """Catch up, then draft; the drafts by slot."""
+        work: list[tuple[_Slot, list[list[int]]]] = []
+        drafting: dict[int, int] = {}
+        for slot, catch_up, num_drafts in rows:
+            state = slots[slot]
+            known, computed = len(state.tokens), state.draft_computed
+            assert computed < known
+            end = min(computed + catch_up, known - 1)
+            if num_drafts and not state.finished and slot not in matched:
+                assert known - computed <= catch_up + 2, "drafts before the draft model has caught up"
+                drafting[slot] = max(1, min(num_drafts, state.new.limit - known))
+                assert known + drafting[slot] - 1 <= self.max_len, "beyond the draft model's context"
+                end = known
+            self.num_caught_up += end - computed
+            work.append((state, [state.tokens[: i + 1] for i in range(computed, end)]))
+            state.draft_computed = end
+        self._pass(work)
+        drafts: dict[int, list[int]] = {slot: [] for slot in drafting}
+        for depth in range(max(drafting.values(), default=0)):
+            self.num_rounds += depth == 0
+            active = [slots[slot] for slot, count in drafting.items() if count > depth]
+            if depth:
+                texts = [s.tokens + drafts[s.new.slot] for s in active]
+                self._pass([(s, [text]) for s, text in zip(active, texts, strict=True)])
+                for state in active:
+                    state.draft_computed += 1
+            for state in active:
+                text = state.tokens + drafts[state.new.slot]
+                right = next_token(state.new.seed, text)
+                token = guess(state)
+                drafts[state.new.slot].append(right if token < 0 else token)
+        return drafts
+
+    def _pass(self, work: list[tuple[_Slot, list[list[int]]]]) -> None:
+        for state, texts in work:
+            for text in texts:
+                block, offset = divmod(len(text) - 1, self.block_size)
+                assert block < len(state.draft_blocks), "no draft block for this position"
+                self.cache[state.draft_blocks[block]][offset] = tuple(text)
+        for state, texts in work:
+            for text in texts:
+                for position in range(len(text)):
+                    block, offset = divmod(position, self.block_size)
+                    held = self.cache[state.draft_blocks[block]][offset]
+                    assert held == tuple(text[: position + 1]), f"draft KV of another text at {position}"
 
 
 class FakeDevice:
@@ -57,8 +137,16 @@ class FakeDevice:
     first. The device computes at launch: what is late is the host's knowledge.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, seed: int = 0, draft_accuracy: float = 0.6) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        seed: int = 0,
+        draft_accuracy: float = 0.6,
+        draft_model: DraftModel | None = None,
+    ) -> None:
         self.block_size = block_size
+        self.draft_model = draft_model
         # cache[block][offset] is the whole text up to that position, as the real KV depends on it.
         self.cache: list[list[tuple[int, ...] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.slots: dict[int, _Slot] = {}
@@ -66,6 +154,7 @@ class FakeDevice:
         self.rng = random.Random(seed)
         self.draft_accuracy = draft_accuracy
         self.max_rows = 0
+        self.tells = self.rng.random() < 0.5  # how many drafts were made
 
     def launch(self, out: SchedulerOutput) -> None:
         for slot in out.freed_slots:
@@ -77,6 +166,8 @@ class FakeDevice:
             )
         for slot, ids in out.new_blocks:
             self.slots[slot].blocks += ids
+        if self.draft_model is not None and out.draft is not None:
+            self.draft_model.change(out.draft, self.slots)
         assert len({rows.slot for rows in out.rows}) == len(out.rows), "a slot has rows twice"
         self.max_rows = max(self.max_rows, out.num_tokens)
 
@@ -88,13 +179,11 @@ class FakeDevice:
             for text in texts:
                 self._check(state, text)
         results = [self._sample(rows, *item) for rows, item in zip(out.rows, work, strict=True)]
-        propose = dict(out.propose)
-        drafts: dict[int, list[int]] = {}
         for rows in out.rows:
-            state = self.slots[rows.slot]
-            state.drafts = []
-            if rows.slot in propose and not state.finished:
-                state.drafts = drafts[rows.slot] = self._draft(state, propose[rows.slot])
+            self.slots[rows.slot].drafts = []
+        drafts, by_model = self._propose(out)
+        for slot, made in drafts.items():
+            self.slots[slot].drafts = made
         self.outputs.append(
             ModelOutput(
                 step_id=out.step_id,
@@ -106,6 +195,8 @@ class FakeDevice:
                 logprobs=[None] * len(results),
                 prompt_logprobs=[None] * len(results),
                 drafts=drafts,
+                num_drafted={s: len(drafts.get(s, [])) for s, _ in out.propose} if self.tells else None,
+                drafted_by_model=by_model,
             )
         )
 
@@ -173,6 +264,32 @@ class FakeDevice:
         slot.tokens += emitted
         slot.finished = finish is not Finish.NO
         return emitted, num_drafts, accepted, finish
+
+    def _propose(self, out: SchedulerOutput) -> tuple[dict[int, list[int]], frozenset[int]]:
+        """Drafts by slot, and the slots whose drafts the draft model made."""
+        model, propose = self.draft_model, dict(out.propose)
+        drafts: dict[int, list[int]] = {}
+        alive = [slot for slot in propose if not self.slots[slot].finished]
+        if model is None or model.match is not None:
+            for slot in alive:
+                if model is None or self.rng.random() < (model.match or 0.0):
+                    drafts[slot] = self._draft(self.slots[slot], propose[slot])
+        if model is None:
+            return drafts, frozenset()
+        for rows in out.rows:
+            state = self.slots[rows.slot]
+            state.draft_computed = min(state.draft_computed, len(state.tokens) - 1)
+        if out.draft is None:
+            return drafts, frozenset()
+        found = {slot for slot, made in drafts.items() if made}
+        made = model.run(out.draft.rows, self.slots, found, self._guess)
+        for slot, tokens in made.items():
+            assert len(tokens) <= propose[slot]
+        return drafts | made, frozenset(made)
+
+    def _guess(self, slot: _Slot) -> int:
+        """-1: what the target would draw"""
+        return -1 if self.rng.random() < self.draft_accuracy else self.rng.randrange(VOCAB)
 
     def _draft(self, slot: _Slot, count: int) -> list[int]:
         """Up to `count` drafts, each right with draft_accuracy; sometimes fewer than asked for."""

@@ -12,11 +12,12 @@ import random
 import pytest
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.draft_kv import DraftKV
 from octavo.core.draft_planner import EachRequest
 from octavo.core.request import FinishReason, Request, Status
 from octavo.core.scheduler import Scheduler
 from octavo.sampling_params import SamplingParams
-from tests.core.fake_device import VOCAB, FakeDevice, gold_output
+from tests.core.fake_device import VOCAB, DraftModel, FakeDevice, gold_output
 
 PARAMS = SamplingParams(temperature=0)
 
@@ -24,7 +25,7 @@ PARAMS = SamplingParams(temperature=0)
 class Simulation:
     """One random life of a scheduler; `step` does one random operation."""
 
-    def __init__(self, seed: int, depth: int) -> None:
+    def __init__(self, seed: int, depth: int, drafter: str = "") -> None:
         self.rng = rng = random.Random(seed)
         self.depth = depth
         self.block_size = rng.choice([1, 2, 4, 16])
@@ -40,14 +41,35 @@ class Simulation:
             watermark_blocks=rng.choice([0, 1]),
         )
         cache = CacheConfig(self.block_size, self.num_blocks, True)
-        self.max_drafts = rng.choice([0, 1, 4])
-        self.scheduler = Scheduler(config, cache, EachRequest(lambda _: rng.randint(0, self.max_drafts)))
-        self.device = FakeDevice(self.num_blocks, self.block_size, seed)
+        self.max_drafts = self.mood = rng.choice([0, 1, 4])
+        draft_kv, draft_model = self.draft_pool(drafter, least) if drafter else (None, None)
+        planner = EachRequest(lambda _: self.num_drafts())
+        self.scheduler = Scheduler(config, cache, planner, draft_kv)
+        self.device = FakeDevice(self.num_blocks, self.block_size, seed, draft_model=draft_model)
         self.prefixes = [[rng.randrange(VOCAB) for _ in range(self.max_len)] for _ in range(3)]
         self.open: dict[str, Request] = {}
         self.arrivals = 0
         self.ended = dict.fromkeys(FinishReason, 0)
         self.hits = 0
+
+    def draft_pool(self, drafter: str, least: int) -> tuple[DraftKV, DraftModel]:
+        """From one block to more than are ever needed."""
+        rng, with_lookup = self.rng, drafter == "hybrid"
+        self.max_drafts = rng.choice([1, 4, 9])
+        num_blocks = rng.choice([1, 2, least, 2 * least, 8 * least])
+        max_len = rng.choice([self.max_len, self.max_len, self.max_len // 2])
+        match = rng.choice([0.0, 0.3, 0.8]) if with_lookup else None
+        return (
+            DraftKV(num_blocks, self.block_size, max_len, with_lookup=with_lookup),
+            DraftModel(num_blocks, self.block_size, max_len, match),
+        )
+
+    def num_drafts(self) -> int:
+        """Often the same number for a while, as the budget does it; sometimes none for long."""
+        rng = self.rng
+        if rng.random() < 0.05:
+            self.mood = rng.choice([0, 1, self.max_drafts])
+        return rng.randint(0, self.max_drafts) if rng.random() < 0.3 else self.mood
 
     def step(self) -> None:
         choice = self.rng.random()
@@ -100,7 +122,8 @@ class Simulation:
         """Launch if something can run, and read as late as the depth demands."""
         out = self.scheduler.schedule()
         if out is not None:
-            assert out.num_tokens <= self.scheduler.config.max_num_batched_tokens
+            caught_up = sum(rows.catch_up for rows in out.draft.rows) if out.draft is not None else 0
+            assert out.num_tokens + caught_up <= self.scheduler.config.max_num_batched_tokens
             self.device.launch(out)
         if self.scheduler.num_unread_steps > self.depth or (out is None and self.scheduler.num_unread_steps):
             self.read()
@@ -133,11 +156,13 @@ class Simulation:
             assert idle < 3, "the scheduler is stuck"
             self.scheduler.check_integrity()
         assert self.scheduler.kv.pool.num_used == 0
+        if self.scheduler.draft_kv is not None:
+            assert self.scheduler.draft_kv.kv.pool.num_used == 0
         assert not self.open
 
 
-def run(seed: int, depth: int, operations: int) -> Simulation:
-    simulation = Simulation(seed, depth)
+def run(seed: int, depth: int, operations: int, drafter: str = "") -> Simulation:
+    simulation = Simulation(seed, depth, drafter)
     for _ in range(operations):
         simulation.step()
     simulation.drain()
@@ -162,6 +187,37 @@ def run_many(first_seed: int, lives: int, operations: int) -> None:
 
 def test_random_operations() -> None:
     run_many(0, lives=30, operations=250)
+
+
+def run_many_with_a_draft_model(first_seed: int, lives: int, operations: int, drafter: str) -> None:
+    evictions = hits = rounds = caught_up = left_early = 0
+    for seed in range(first_seed, first_seed + lives):
+        for depth in (0, 1):
+            simulation = run(seed, depth, operations, drafter)
+            draft_kv, model = simulation.scheduler.draft_kv, simulation.device.draft_model
+            assert draft_kv is not None
+            assert model is not None
+            evictions += draft_kv.stats.num_evictions
+            hits += draft_kv.kv.num_prefix_hits
+            rounds += model.num_rounds
+            caught_up += draft_kv.stats.num_catch_up_rows
+            left_early += model.max_len < simulation.max_len
+    assert evictions > lives / 2
+    assert hits > lives
+    assert rounds > 20 * lives
+    assert caught_up > lives
+    assert left_early > 0
+
+
+@pytest.mark.parametrize("drafter", ["model", "hybrid"])
+def test_random_operations_with_a_draft_model(drafter: str) -> None:
+    run_many_with_a_draft_model(0, 30, 250, drafter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["model", "hybrid"])
+def test_many_random_operations_with_a_draft_model(drafter: str) -> None:
+    run_many_with_a_draft_model(1000, 150, 400, drafter)
 
 
 @pytest.mark.slow

@@ -214,6 +214,50 @@ def test_the_engine_thread_reads_no_prompt(prompt: str, monkeypatch: pytest.Monk
     asyncio.run(main())
 
 
+class RecordingTemplate:
+    """A chat template that remembers in which threads it was rendered."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+        self.is_busy = False
+
+    def render(self, messages: Any, tools: Any = None, **options: Any) -> str:
+        self.threads.append(threading.get_ident())
+        return " w5"
+
+
+def test_short_conversations_are_rendered_at_once_and_all_others_in_a_thread() -> None:
+    template = RecordingTemplate()
+    short = [{"role": "user", "content": "hi"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+    elsewhere: list[tuple[Any, dict[str, Any]]] = [
+        ([{"role": "user", "content": "x" * INLINE_CHARACTERS}], {}),
+        ([{"role": "user", "content": "hi"}] * 30, {}),
+        ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], {}),
+        ([{"role": "assistant", "content": None}], {}),
+        (short, {"tools": [tool]}),
+        ("no list of messages", {}),
+    ]
+
+    async def main() -> None:
+        llm = make()
+        vars(llm._parts)["chat_template"] = lambda given: template
+        params = SamplingParams(max_tokens=2)
+
+        async def rendered_here(messages: Any, **options: Any) -> bool:
+            async for _ in llm.chat(messages, params, **options):
+                pass
+            return template.threads.pop() == threading.get_ident()
+
+        assert await rendered_here(short)
+        assert [await rendered_here(messages, **options) for messages, options in elsewhere] == [False] * 6
+        template.is_busy = True  # another one's rendering would hold up the loop
+        assert not await rendered_here(short)
+        llm.shutdown()
+
+    asyncio.run(main())
+
+
 def test_ids_of_its_own_leave_those_of_the_callers_alone() -> None:
     async def main() -> None:
         llm = make(delay=0.001)

@@ -24,7 +24,7 @@ from octavo.models.gpu_ops import GpuOps  # noqa: E402
 from octavo.sampling.batch import SamplingBatch  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import TorchDraw  # noqa: E402
-from octavo.worker.cuda_graph import CudaGraphs, graph_sizes  # noqa: E402
+from octavo.worker.cuda_graph import CudaGraphs, GraphSizes, StepBuffers  # noqa: E402
 
 
 class _Graphed(_OnDevice):
@@ -39,12 +39,12 @@ class _Graphed(_OnDevice):
         caches, meta = self.moved(ctx)
         if self.graphs is None:
             model = self.model
+            table = torch.zeros(8, meta.block_table.shape[1], dtype=torch.int32, device=DEVICE)
             self.graphs = CudaGraphs(
                 lambda ids, step: model.forward(ids, step.positions, ForwardContext(step, caches)),
-                [size for size in graph_sizes(200) if size in (1, 4, 8, 64, 80, 200)],
-                meta.block_table.shape[1],
+                GraphSizes.of([1, 4, 8, 64, 80, 200]),
+                StepBuffers.allocate(200, 8, table),
                 self.max_len,
-                DEVICE,
             )
             with torch.inference_mode():
                 self.graphs.capture_all()

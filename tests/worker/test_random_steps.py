@@ -42,7 +42,8 @@ class FakeModel:
                 cache.view(-1)[where] = input_ids[row]
         hidden = torch.zeros(meta.num_tokens, 1)
         for request in range(meta.num_reqs):
-            table = meta.block_table[request].tolist()
+            where = request if meta.table_rows is None else int(meta.table_rows[request])
+            table = meta.block_table[where].tolist()
             for row in range(int(meta.query_start_loc[request]), int(meta.query_start_loc[request + 1])):
                 position = int(positions[row])
                 if position >= 0:
@@ -71,7 +72,7 @@ class RunnerDevice:
 
     def launch(self, out: SchedulerOutput) -> None:
         self.runner.forward(out)
-        self.outputs.append(self.runner.sample())
+        self.outputs.append(self.runner.sample().read())
         for slot, count in out.propose:
             if self.state.finished[slot]:
                 continue

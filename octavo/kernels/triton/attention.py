@@ -39,7 +39,8 @@ LOG2_E = 1.4426950408889634
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64
-    tiles_ptr,  # [num_tiles, 5] int32: request, first row, rows, first position seen, one behind the last
+    table_rows_ptr,  # [num_reqs] int32, each request's row of the block table; None: row r is request r's
+    tiles_ptr,  # [num_tiles, 5] int32: table row, first row, rows, first position seen, one behind the last
     num_tiles,
     window,
     num_reqs,
@@ -76,7 +77,10 @@ def plan_kernel(
         lowest = tl.min(tl.where(position >= 0, position, 2147483647), axis=1)
         lowest = tl.where(last > 0, tl.maximum(lowest - window + 1, 0), 0)
     valid = tiles < num_tiles
-    tl.store(tiles_ptr + tiles * 5, request, mask=valid)
+    table_row = request
+    if table_rows_ptr is not None:
+        table_row = tl.load(table_rows_ptr + request, mask=valid & (request < num_reqs), other=0)
+    tl.store(tiles_ptr + tiles * 5, table_row, mask=valid)
     tl.store(tiles_ptr + tiles * 5 + 1, first, mask=valid)
     tl.store(tiles_ptr + tiles * 5 + 2, count, mask=valid)
     tl.store(tiles_ptr + tiles * 5 + 3, lowest, mask=valid)
@@ -149,7 +153,7 @@ def attention_kernel(
     q_ptr,  # [num_tokens, HEADS, D], rotary applied
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
     out_ptr,  # [num_tokens, HEADS, D]
-    table_ptr,  # [num_reqs, table_stride] int32
+    table_ptr,  # [table rows, table_stride] int32
     tiles_ptr,  # [tiles, 5] int32
     positions_ptr,  # [num_tokens] int64
     sums_ptr,  # [num_tokens * HEADS, max_groups, D] float32
@@ -179,7 +183,7 @@ def attention_kernel(
     SHARED: tl.constexpr = HEADS // KV_HEADS
     if not EARLY:
         begin(PDL)
-    request = tl.load(tiles_ptr + tile * 5)
+    table_index = tl.load(tiles_ptr + tile * 5)
     first_row = tl.load(tiles_ptr + tile * 5 + 1)
     count = tl.load(tiles_ptr + tile * 5 + 2)
     begin_at = tl.load(tiles_ptr + tile * 5 + 3)
@@ -190,7 +194,7 @@ def attention_kernel(
     column = row.to(tl.int64) * HEADS + head * SHARED + i % SHARED
     inside = valid[:, None] & (d[None, :] < D)
     position = tl.load(positions_ptr + row, mask=valid, other=-1).to(tl.int32)
-    table_row = table_ptr + request.to(tl.int64) * table_stride
+    table_row = table_ptr + table_index.to(tl.int64) * table_stride
     first_group = begin_at // GROUP
     num_groups = tl.cdiv(last, GROUP)
     if EARLY:
@@ -322,7 +326,7 @@ def plan(
     pdl = uses_pdl(starts) if pdl is None else pdl
     block_t = 16
     plan_kernel[(-(-num_tiles // block_t),)](
-        starts, metadata.positions, tiles, num_tiles, spec.sliding_window or 0, num_reqs,
+        starts, metadata.positions, metadata.table_rows, tiles, num_tiles, spec.sliding_window or 0, num_reqs,
         LEAST=least, MOST=most, ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
         HAS_WINDOW=spec.sliding_window is not None, BLOCK_T=block_t,
         REQUESTS=max(16, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),

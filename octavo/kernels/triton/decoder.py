@@ -62,16 +62,23 @@ class LayerTilings:
 
 
 def plans_of(
-    metadata: AttentionMetadata, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    dtype: torch.dtype = torch.bfloat16,
+    one_tiling: bool = False,
 ) -> list[TilePlan]:
-    """The launches that attention of a step takes: narrow query tiles, wide ones, or both."""
+    """The launches that attention of a step takes: narrow query tiles, wide ones, or both.
+
+    With `one_tiling` always the narrow ones: slower for chunks, and the same bits however a prompt
+    is cut into them.
+    """
     shared = metadata.num_tokens <= _SHARED_ROWS
     parts = 1
     if shared:
         programs = spec.num_kv_heads * metadata.num_tokens
         parts = max(1, min(16, 256 // max(1, programs)))
         parts = next_power_of_2(parts)
-    if metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:
+    if one_tiling or metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:
         return [attention.plan(metadata, spec, NARROW, parts)]
     wide = WIDE_FLOAT32 if dtype == torch.float32 else WIDE
     return [
@@ -92,6 +99,7 @@ class FusedDecoder:
         sin: torch.Tensor,
         eps: float,
         few_rows: int = FEW_ROWS,
+        one_tiling: bool = False,
     ) -> None:
         """`few_rows`: the most rows that take the five-kernel path; 0 where the model does not fit it."""
         self._layers = layers
@@ -100,6 +108,7 @@ class FusedDecoder:
         self._cos, self._sin = cos, sin
         self._eps = eps
         self.few_rows = few_rows if fits(layers, table) else 0
+        self._one_tiling = one_tiling
         self._scratch: list[Scratch] = []
         self._tilings: dict[int, LayerTilings] = {}
         if self.few_rows:
@@ -154,7 +163,7 @@ class FusedDecoder:
         ctx: ForwardContext,
     ) -> torch.Tensor:
         """Hidden states after the final norm: [num_tokens, hidden]."""
-        plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype)
+        plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype, self._one_tiling)
         scratch = self._scratch_for(ctx.attention, plans)
         if len(input_ids) <= self.few_rows:
             return self._few(input_ids, positions, ctx, plans, scratch)

@@ -141,6 +141,16 @@ def _collect(
 
 
 @triton.jit
+def row_sum(x):
+    """Sum of each row of x [rows, columns] float32, whatever order its layout makes of it.
+
+    A layout depends on the number of rows, and the order of a float32 sum changes its bits. In float64
+    a few hundred float32 numbers are added without rounding unless they differ by 2^20 and more.
+    """
+    return tl.sum(x.to(tl.float64), axis=1).to(tl.float32)
+
+
+@triton.jit
 def row_scales(
     squares_ptr,  # [num_rows, TILES] float32
     rows,  # [rows]
@@ -157,7 +167,7 @@ def row_scales(
         mask=valid[:, None] & (t[None, :] < TILES),
         other=0.0,
     )
-    return tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + eps)
+    return tl.rsqrt(row_sum(squares) / WIDTH + eps)
 
 
 @triton.jit
@@ -262,7 +272,7 @@ def residual_kernel(
             wide = after.to(tl.float32)
             scaled = (wide * norm[None, :]).to(scaled_ptr.dtype.element_ty)
             tl.store(scaled_ptr + where, scaled, mask=valid)
-            squares = tl.sum(wide * wide, axis=1)
+            squares = row_sum(wide * wide)
             place = tile * (BLOCK_N // SQUARES) + piece
             tl.store(squares_ptr + m * (N // SQUARES) + place, squares, mask=m < num_rows)
 
@@ -342,7 +352,7 @@ def rotate_head(
     partner = tl.where(d < HALF_ROTARY, d + HALF_ROTARY, d - HALF_ROTARY)
     turns = d < 2 * HALF_ROTARY
     if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        scale = tl.rsqrt(row_sum(x * x) / D + eps)[:, None]
         x = x * scale * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         other = other * scale * tl.load(norm_ptr + partner, mask=turns, other=0.0).to(tl.float32)[None, :]
     angle = positions[:, None] * HALF_ROTARY + (d % HALF_ROTARY)[None, :]
@@ -529,6 +539,8 @@ def _grid_options(
     x: torch.Tensor, n: int, k: int, tiling: Tiling, num_rows: int
 ) -> tuple[int, bool, dict[str, Any]]:
     """(tiles, pdl, arguments that all products share)"""
+    if x.element_size() == 4:  # twice as wide: half as deep, or the buffers do not fit
+        tiling = replace(tiling, block_k=min(tiling.block_k, 32), stages=min(tiling.stages, 3), early=0)
     tiles = -(-n // tiling.block_n)
     k_part = -(-k // (tiling.split * tiling.block_k)) * tiling.block_k
     even = n % tiling.block_n == 0 and k % (tiling.split * tiling.block_k) == 0

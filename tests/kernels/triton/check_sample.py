@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.kernels.triton import interpreter
 
 interpreter.enable()
 
+from octavo.kernels.triton import select  # noqa: E402
 from octavo.sampling.batch import SamplingBatch  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
-from octavo.sampling.sampler import TorchDraw  # noqa: E402
+from octavo.sampling.sampler import TorchDraw, kept_tokens  # noqa: E402
 
 
 def batch_and_logits() -> tuple[SamplingBatch, torch.Tensor]:
@@ -30,9 +32,50 @@ def batch_and_logits() -> tuple[SamplingBatch, torch.Tensor]:
     return batch, logits
 
 
-def test_draw() -> None:
+def small(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Several programs a row, and room for so many tokens in a list."""
+    monkeypatch.setattr(select, "LIST", room)
+    monkeypatch.setattr(select, "chunk_of", lambda rows, vocab: 32)
+
+
+@pytest.mark.parametrize("room", [4096, 16])  # 16: most bins do not fit and are searched in the logits
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_draw(room: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, room)
     batch, logits = batch_and_logits()
+    logits = logits * scale
+    if scale > 1:
+        batch.temperature[batch.temperature > 0] *= scale
     assert GpuDraw().draw(logits, batch).tolist() == TorchDraw().draw(logits, batch).tolist()
+
+
+@pytest.mark.parametrize("room", [4096, 8])
+def test_kept_tokens(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, room)
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(24, 150, generator=generator) * 4
+    logits[::3] = (logits[::3] / 2).round()
+    logits[::5] = -logits[::5].abs() - 100  # all far below zero
+    logits[7, 20:] = float("-inf")
+    temperature = torch.tensor([0.4, 1.0, 2.0] * 8)
+    top_k = torch.tensor([0, 1, 3, 30, 149, 150, 0, 60] * 3, dtype=torch.int32)
+    top_p = torch.tensor([0.9, 0.4, 1.0, 0.99, 0.9999, 0.1] * 4)
+    order, limit, best = select.thresholds(logits, temperature, top_k, top_p)
+    for row in range(len(logits)):
+        ours = select_kept(logits[row], int(order[row]), int(limit[row]))
+        theirs = kept_tokens(logits[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), 0.0)
+        assert ours == theirs.tolist(), row
+        assert best[row] == logits[row].max()
+
+
+def select_kept(logits: torch.Tensor, least: int, limit: int) -> list[int]:
+    bits = torch.where(logits == 0, 0.0, logits).view(torch.int32).tolist()
+    kept = []
+    for token, value in enumerate(bits):
+        order = value ^ 0x7FFFFFFF if value < 0 else value
+        if logits[token] > float("-inf") and (order > least or (order == least and token < limit)):
+            kept.append(token)
+    return kept
 
 
 def test_draw_without_filters() -> None:
@@ -48,11 +91,15 @@ def test_argmax() -> None:
     assert GpuDraw().argmax(logits).tolist() == TorchDraw().argmax(logits).tolist()
 
 
-def test_logprobs() -> None:
+@pytest.mark.parametrize(("room", "num_top"), [(4096, 0), (4096, 9), (4096, 200), (4, 9)])
+def test_logprobs(room: int, num_top: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, room)
     _, logits = batch_and_logits()
     tokens = torch.arange(16) * 7
     tokens[2] = -1
     for ours, theirs in zip(
-        GpuDraw().logprobs(logits, tokens, 9), TorchDraw().logprobs(logits, tokens, 9), strict=True
+        GpuDraw().logprobs(logits, tokens, num_top),
+        TorchDraw().logprobs(logits, tokens, num_top),
+        strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=2e-6, atol=2e-6)

@@ -1,0 +1,162 @@
+"""Where a decode step's time goes: host, device, gaps between kernels, each kernel against its limit.
+
+    python -m benchmarks.profile_step --model qwen3-0.6b --batch 1 16 64
+
+Random weights, greedy, every request with the same context. For each batch one line of times in
+milliseconds a step, then a table of kernels. A kernel's limit is the bytes it must read over the
+measured read bandwidth.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import json
+import pstats
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import OPTIONS
+from benchmarks.gpu_limits import Ceilings, measure_ceilings
+from benchmarks.gpu_workloads import MODELS, model_folder
+
+
+def kernel_bytes(config: dict[str, Any], batch: int, context: int) -> dict[str, float]:
+    """Bytes that the kernels of this name must read in one step."""
+    hidden, layers, width = (
+        config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"],
+    )  # fmt: skip
+    q = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    return {
+        "qkv_kernel": 2.0 * layers * hidden * (q + 2 * kv),
+        "residual_kernel": 2.0 * layers * hidden * (q + width),
+        "gate_up_kernel": 4.0 * layers * hidden * width,
+        "plain_kernel": 2.0 * hidden * config["vocab_size"],
+        "attention_kernel": 4.0 * layers * kv * batch * context,
+    }
+
+
+class Steps:
+    """Decode steps of one engine, with the times the host spends and waits."""
+
+    def __init__(self, llm: Any, batch: int, context: int, count: int) -> None:
+        from octavo import SamplingParams
+        from octavo.worker.device_time import Readback
+
+        self.engine = llm._parts.engine
+        params = SamplingParams(max_tokens=count + 40, temperature=0.0, ignore_eos=True)
+        source = torch.Generator().manual_seed(batch)
+        for index in range(batch):
+            prompt = torch.randint(0, 150_000, (context,), generator=source).tolist()
+            self.engine.add_request(f"{batch}-{index}", {"prompt_token_ids": prompt}, params)
+        self.waited = 0.0
+        wait = Readback.wait
+
+        def timed(readback: Any) -> Any:
+            started = time.perf_counter()
+            tensors = wait(readback)
+            self.waited += time.perf_counter() - started
+            return tensors
+
+        Readback.wait = timed  # type: ignore[method-assign]
+        self._restore = lambda: setattr(Readback, "wait", wait)
+        scheduler = self.engine.scheduler
+        while scheduler.num_running != batch or any(r.num_tokens <= context for r in scheduler.running):
+            self.engine.step()
+        self.run(10)
+
+    def run(self, count: int) -> dict[str, float]:
+        """Median milliseconds of so many steps."""
+        walls, hosts = [], []
+        for _ in range(count):
+            self.waited = 0.0
+            started = time.perf_counter()
+            self.engine.step()
+            wall = time.perf_counter() - started
+            walls.append(wall * 1e3)
+            hosts.append((wall - self.waited) * 1e3)
+        return {"wall_ms": median(walls), "host_ms": median(hosts)}
+
+    def close(self) -> None:
+        """End the requests."""
+        self._restore()
+        for name in list(self.engine._states):
+            self.engine.abort(name)
+        while self.engine.has_work():
+            self.engine.step()
+
+
+def profile(steps: Steps, count: int, config: dict[str, Any], batch: int, context: int, read: float) -> None:
+    """Kernels of some steps, by name."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            steps.engine.step()
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in profiler.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            totals[event.name][0] += 1 / count
+            totals[event.name][1] += event.device_time / 1e3 / count
+    limits = {name: size / read * 1e3 for name, size in kernel_bytes(config, batch, context).items()}
+    print(f"  {'kernel':52} {'a step':>7} {'ms':>8} {'limit':>7}")
+    for name, (number, ms) in sorted(totals.items(), key=lambda item: -item[1][1])[:14]:
+        limit = limits.get(name)
+        print(f"  {name[:52]:52} {number:7.1f} {ms:8.4f} {'' if limit is None else f'{limit:7.3f}'}")
+    print(f"  {'together':52} {'':7} {sum(ms for _, ms in totals.values()):8.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="qwen3-0.6b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--host", action="store_true", help="print where the host's time goes")
+    parser.add_argument("--read", type=float, default=None, help="bytes a second; default: measured")
+    parser.add_argument("--option", nargs="*", default=[], metavar="NAME=JSON", help="options of the engine")
+    arguments = parser.parse_args()
+    from octavo import LLM
+
+    ceilings = measure_ceilings() if arguments.read is None else Ceilings(0.0, arguments.read, 0.0)
+    options = {
+        name: json.loads(value) for name, _, value in (text.partition("=") for text in arguments.option)
+    }
+    config = MODELS[arguments.model]
+    with tempfile.TemporaryDirectory() as parent:
+        llm = LLM(model=str(model_folder(arguments.model, Path(parent))), **{**OPTIONS, **options})
+        for batch in arguments.batch:
+            steps = Steps(llm, batch, arguments.context, 2 * arguments.steps + 80)
+            times = steps.run(arguments.steps)
+            context = arguments.context + arguments.steps
+            print(
+                json.dumps(
+                    {"model": arguments.model, "batch": batch, **{k: round(v, 4) for k, v in times.items()}}
+                ),
+                flush=True,
+            )
+            profile(steps, 10, config, batch, context, ceilings.read)
+            if arguments.host:
+                profiler = cProfile.Profile()
+                profiler.enable()
+                steps.run(arguments.steps)
+                profiler.disable()
+                text = io.StringIO()
+                pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(28)
+                print(text.getvalue(), flush=True)
+            steps.close()
+        llm.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""An engine in a process of its own, at the other end of a socket.
+
+Three threads, so that nothing outside ever holds up a step of the model:
+
+    main      builds the engine, then only steps: commands in between, outputs to the outbox
+    reader    decodes what the front end sends, checks requests, and ends the process with the socket
+    sender    encodes and sends; while the socket is full, later outputs of a request join earlier ones
+
+and a fourth, `GrammarDesk`, where grammars are compiled. The process ends when the front end does (end
+of the socket, and on Linux the kernel's word), when it is told to, or when a step fails: then the cause
+is the last message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from octavo.config import EngineArgs
+from octavo.engine import wire
+from octavo.errors import OctavoError, RequestError
+from octavo.outputs import RequestOutput, join_deltas
+from octavo.platform.process import die_with_parent, name_process
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.engine.engine import Engine, PreparedRequest
+    from octavo.engine.setup import EngineParts
+
+logger = logging.getLogger("octavo")
+
+_CHUNK = 1 << 16
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request in the engine."""
+
+    key: int
+    is_delta: bool
+    sent_first: bool = False  # prompt logprobs travel once
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A checked request, on its way to the main thread."""
+
+    admit: wire.Admit
+    request: PreparedRequest
+
+
+class Outbox:
+    """Everything the engine says, sent by a thread of its own.
+
+    Outputs of a request that wait together are joined, so a front end that reads slowly costs neither
+    memory nor steps. While there is nothing to say, a heartbeat goes out at every `interval` seconds.
+    """
+
+    def __init__(
+        self, sock: socket.socket, interval: float, step_seconds: Callable[[], float], on_tick: Callable[[], None]
+    ) -> None:
+        self._sock = sock
+        self._interval = interval
+        self._step_seconds = step_seconds
+        self._on_tick = on_tick
+        self._changed = threading.Condition()
+        self._outputs: dict[int, tuple[_Open, RequestOutput]] = {}
+        self._messages: list[wire.Message] = []
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="octavo-sender", daemon=True)
+        self._thread.start()
+
+    def post(self, message: wire.Message) -> None:
+        """Send a message, after the outputs that wait."""
+        with self._changed:
+            self._messages.append(message)
+            self._changed.notify()
+
+    def post_outputs(self, outputs: list[tuple[_Open, RequestOutput]]) -> None:
+        """What a step brought."""
+        with self._changed:
+            for request, output in outputs:
+                waiting = self._outputs.get(request.key)
+                if waiting is not None and request.is_delta:
+                    output = join_deltas(waiting[1], output)
+                self._outputs[request.key] = (request, output)
+            self._changed.notify()
+
+    def forget(self, key: int) -> None:
+        """Nobody waits for this request any more."""
+        with self._changed:
+            self._outputs.pop(key, None)
+
+    def close(self) -> None:
+        """Send what waits, then nothing more."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        next_beat = time.monotonic()
+        while True:
+            with self._changed:
+                if not (self._outputs or self._messages or self._is_closed):
+                    self._changed.wait(max(0.0, next_beat - time.monotonic()))
+                outputs, self._outputs = self._outputs, {}
+                messages, self._messages = self._messages, []
+                is_closed = self._is_closed
+            if outputs:
+                messages.insert(0, _outputs_message(outputs))
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + self._interval
+                messages.append(wire.Heartbeat(self._step_seconds()))
+                self._on_tick()
+            try:
+                self._sock.sendall(b"".join(map(wire.frame, messages)))
+            except OSError:  # the front end is gone; the reader ends the process
+                return
+            if is_closed and not outputs and not messages:
+                return
+
+
+def _outputs_message(outputs: dict[int, tuple[_Open, RequestOutput]]) -> wire.Outputs:
+    sent = []
+    for key, (request, output) in outputs.items():
+        sent.append(wire.output_to_wire(key, output, not request.sent_first))
+        request.sent_first = True
+    return wire.Outputs(sent)
+
+
+@dataclass(slots=True)
+class _Job:
+    admit: wire.Admit
+    params: SamplingParams
+    deadline: float  # monotonic; inf: none
+    is_over: bool = False  # answered, or given up
+
+
+class GrammarDesk:
+    """Compiles grammars one after another, beside the steps, and refuses those that take too long.
+
+    A compilation cannot be stopped half-way (the library bounds its work); one that is late is refused
+    in time and its result dropped.
+    """
+
+    def __init__(self, compile_job: Callable[[_Job], None], refuse: Callable[[int, Exception], None]) -> None:
+        self._compile = compile_job
+        self._refuse = refuse
+        self._lock = threading.Lock()
+        self._open: dict[int, _Job] = {}
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, job: _Job) -> None:
+        """From the reader's thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="octavo-grammar", daemon=True)
+            self._thread.start()
+        with self._lock:
+            self._open[job.admit.key] = job
+        self._jobs.put(job)
+
+    def take(self, key: int, then: Callable[[], None] = lambda: None) -> bool:
+        """Close the job of this request and do what follows; False if it was over already.
+
+        Both in one: who closes a job later can be sure that what followed has happened.
+        """
+        with self._lock:
+            job = self._open.pop(key, None)
+            if job is None:
+                return False
+            job.is_over = True
+            then()
+            return True
+
+    def expire(self) -> None:
+        """Refuse what is late."""
+        now = time.monotonic()
+        with self._lock:
+            late = [job for job in self._open.values() if now > job.deadline]
+        for job in late:
+            if self.take(job.admit.key):
+                self._refuse(
+                    job.admit.key,
+                    RequestError(
+                        "compiling structured_outputs took longer than this server allows; simplify the "
+                        "schema, regex or grammar, or raise --grammar-timeout",
+                        "structured_outputs",
+                    ),
+                )
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if not job.is_over:
+                self._compile(job)
+
+
+class EngineProcess:
+    """The loop around a built engine."""
+
+    def __init__(self, sock: socket.socket, start: wire.Start) -> None:
+        self._sock = sock
+        self._start = start
+        self._commands: queue.SimpleQueue[_Prepared | wire.Abort | wire.GetStats | wire.Shutdown] = (
+            queue.SimpleQueue()
+        )
+        self._open: dict[str, _Open] = {}  # by the engine's request id
+        self._step_began: float | None = None
+        self._engine: Engine | None = None
+        self._desk = GrammarDesk(self._compile, self._refuse)
+        self.outbox = Outbox(sock, start.heartbeat_interval, self._step_seconds, self._desk.expire)
+
+    # ------------------------------------------------------------------ main thread
+
+    def run(self, reader: FrameSource) -> None:
+        """Build, then serve until told to end. Raises what ends it."""
+        threading.Thread(target=self._read, args=(reader,), name="octavo-reader", daemon=True).start()
+        self.outbox.post(wire.Loading("starting", None))
+        args = EngineArgs.from_kwargs(**self._start.engine_args)
+        from octavo.engine.setup import build_engine  # imports torch
+
+        parts = build_engine(args, progress=lambda stage, part: self.outbox.post(wire.Loading(stage, part)))
+        self._engine = parts.engine
+        self.outbox.post(ready_message(parts))
+        try:
+            self._serve(parts.engine)
+        finally:
+            parts.close()
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            # Idle: wait for a command. Busy: take what is there and go on.
+            while not self._commands.empty() or not engine.has_work():
+                command = self._commands.get()
+                if isinstance(command, wire.Shutdown):
+                    return
+                self._obey(engine, command)
+            self._step_began = time.monotonic()
+            outputs = engine.step()
+            self._step_began = None
+            if outputs:
+                self._deliver(outputs)
+
+    def _obey(self, engine: Engine, command: _Prepared | wire.Abort | wire.GetStats) -> None:
+        if isinstance(command, _Prepared):
+            self._admit(engine, command)
+        elif isinstance(command, wire.Abort):
+            for key in command.keys:
+                if self._open.pop(str(key), None) is not None:
+                    engine.abort(str(key))
+                self.outbox.forget(key)
+        else:
+            fault = None
+            if command.check_integrity:
+                try:
+                    engine.scheduler.check_integrity()
+                except AssertionError as error:
+                    fault = str(error) or "check_integrity failed"
+            self.outbox.post(wire.Stats(command.serial, engine.stats(), fault))
+
+    def _admit(self, engine: Engine, prepared: _Prepared) -> None:
+        admit = prepared.admit
+        name = str(admit.key)
+        try:
+            engine.admit(name, prepared.request, admit.kind, arrival_time=admit.arrival_time)  # type: ignore[arg-type]
+        except Exception as error:  # this request's alone: nothing of it was kept
+            self._refuse(admit.key, error)
+            return
+        self._open[name] = _Open(admit.key, admit.kind == "delta")
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        found = []
+        for output in outputs:
+            name = output.request_id
+            request = self._open.pop(name, None) if output.finished else self._open.get(name)
+            if request is not None:
+                found.append((request, output))
+        self.outbox.post_outputs(found)
+
+    # ------------------------------------------------------------------ any thread
+
+    def _step_seconds(self) -> float:
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def _refuse(self, key: int, error: Exception) -> None:
+        if not isinstance(error, OctavoError):
+            logger.error("a request failed on its way in; the others go on", exc_info=error)
+        self.outbox.post(wire.Refused(key, type(error).__name__, str(error), getattr(error, "param", None)))
+
+    # ------------------------------------------------------------------ reader and grammar threads
+
+    def _read(self, reader: FrameSource) -> None:
+        """Until the socket ends; then the whole process does, in the middle of a step if need be."""
+        try:
+            while (body := reader.next()) is not None:
+                self._take(wire.read_to_engine(body))
+        except (OSError, ValueError, msgspec.DecodeError) as error:
+            logger.error("the engine cannot read what the server sends: %s", error)
+        os._exit(1)
+
+    def _take(self, message: wire.ToEngine) -> None:
+        if self._engine is None:  # still loading: nothing is served yet, and nothing would be lost
+            if isinstance(message, wire.Shutdown):
+                os._exit(0)
+            raise ValueError(f"{type(message).__name__} before the engine was ready")
+        if isinstance(message, wire.Admit):
+            self._prepare(message)
+        elif isinstance(message, wire.Abort):
+            for key in message.keys:
+                self._desk.take(key)
+            self._commands.put(message)
+        elif isinstance(message, (wire.GetStats, wire.Shutdown)):
+            self._commands.put(message)
+        else:
+            raise ValueError(f"{type(message).__name__} out of place")
+
+    def _prepare(self, admit: wire.Admit) -> None:
+        try:
+            params = SamplingParams(**admit.params)
+            if params.structured_outputs is None:
+                self._commands.put(_Prepared(admit, self._checked(admit, params)))
+                return
+            timeout = self._start.grammar_timeout
+            deadline = time.monotonic() + timeout if timeout else float("inf")
+            self._desk.add(_Job(admit, params, deadline))
+        except Exception as error:
+            self._refuse(admit.key, error)
+
+    def _checked(self, admit: wire.Admit, params: SamplingParams) -> PreparedRequest:
+        assert self._engine is not None
+        return self._engine.read_request(
+            {"prompt_token_ids": admit.prompt_ids}, params, add_special_tokens=admit.continue_prompt
+        )
+
+    def _compile(self, job: _Job) -> None:
+        key = job.admit.key
+        try:
+            prepared = _Prepared(job.admit, self._checked(job.admit, job.params))
+        except Exception as error:
+            if self._desk.take(key):
+                self._refuse(key, error)
+            return
+        # An abort that comes after this finds the request in the queue before it.
+        self._desk.take(key, lambda: self._commands.put(prepared))
+
+
+def ready_message(parts: EngineParts) -> wire.Ready:
+    """What the front end must know of a loaded engine."""
+    config, info = parts.config, parts.engine.info
+    args = config.args
+    return wire.Ready(
+        model=args.model,
+        model_path=str(config.model_path),
+        tokenizer_path=None if parts.engine.tokenizer is None else str(config.tokenizer_path),
+        chat_template=args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        eos_token_ids=tuple(info.eos_token_ids),
+        dtype=config.dtype,
+        max_num_seqs=config.max_num_seqs,
+        block_size=args.block_size,
+        num_blocks=parts.plan.num_blocks,
+        speculative_method=None if config.speculative is None else config.speculative.method,
+        generation_defaults=dict(parts.generation_defaults),
+        notes=tuple(parts.notes),
+    )
+
+
+class FrameSource:
+    """Whole messages from a blocking socket, one after another."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames = wire.FrameReader()
+        self._ready: deque[bytes] = deque()
+
+    def next(self) -> bytes | None:
+        """The next body; None at the end of the socket."""
+        while not self._ready:
+            data = self._sock.recv(_CHUNK)
+            if not data:
+                return None
+            self._ready.extend(self._frames.feed(data))
+        return self._ready.popleft()
+
+
+def main(fd: int, parent: int) -> None:
+    """Serve the socket with this file descriptor until it ends; never returns."""
+    # The front end decides when this process ends; a Ctrl-C in the terminal reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent(parent)
+    name_process("octavo-engine")
+    sock = socket.socket(fileno=fd)
+    reader = FrameSource(sock)
+    body = reader.next()
+    if body is None:
+        os._exit(1)
+    start = wire.read_to_engine(body)
+    if not isinstance(start, wire.Start):
+        raise SystemExit("the first message must be Start")
+    _show_log(start.log_level)
+    process = EngineProcess(sock, start)
+    code = 0
+    try:
+        process.run(reader)
+    except BaseException as error:  # the front end must hear of it, whatever it is
+        code = 1
+        if not isinstance(error, OctavoError):
+            logger.critical("the engine has failed", exc_info=error)
+        process.outbox.post(wire.Failed(type(error).__name__, str(error) or type(error).__name__))
+    process.outbox.close()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # daemon threads and a device's own threads are not waited for
+
+
+def _show_log(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("octavo: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    logger.propagate = False

@@ -1,0 +1,542 @@
+"""The greatest logits of a row without a sort: thresholds of top-k and top-p, and the top n themselves.
+
+A row is read by many programs at once, in three passes. The first finds the greatest logit. The
+second counts, and weighs, the tokens in BINS bins by their distance from it; the bins grow with the
+distance, so that they hold few tokens each whatever the scale of the logits. The last program to
+arrive at a row knows which bin its threshold lies in. The third pass writes the tokens of that bin
+(of all bins above it too, where they are few) into a list, and its last program finds the threshold
+among them, exactly: by logit, then by id. Where both top-k and top-p ask, what top-k left has to be
+known before top-p can be weighed, so a third pass may be needed once more.
+
+Weights are integers, exp((logit - greatest) / temperature) times 2^40: their sums are the same in
+any order, so a row's tokens are a function of the row alone. A bin of more than LIST tokens (equal
+logits, say) is gone through in the logits themselves: slower, and as exact.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.triton.launch import next_power_of_2
+
+BINS = 4096  # of a distance: 5 bits of its exponent, 7 of its mantissa
+LIST = 4096  # tokens that are searched without the logits
+STATE = 8  # numbers of a row beside its bins
+_ROWS = 256  # rows at a time, so that bins and lists stay small
+
+_BEST = tl.constexpr(0)  # order of the greatest logit, plus 2^31
+_ARRIVED = tl.constexpr(1)  # programs that have done their part of a pass
+_LISTED = tl.constexpr(2)  # tokens in the list, or that did not fit there
+_PENDING = tl.constexpr(3)  # what the next pass is to find: 0 nothing, 1 by count, 2 by weight
+_FROM = tl.constexpr(4)  # bins whose tokens it lists
+_TO = tl.constexpr(5)
+_LEFT = tl.constexpr(6)  # how many of them, or how much of their weight, is kept
+_TOTAL = tl.constexpr(7)  # weight of all tokens, for log-probabilities
+
+
+@triton.jit
+def legal(logits):
+    """NaN as -inf, and +inf as the greatest number."""
+    logits = tl.where(logits == logits, logits, float("-inf"))
+    return tl.minimum(logits, 3.4028234663852886e38)
+
+
+@triton.jit
+def order_of(logits):
+    """int32 that compare as the floats do; -0 and 0 are equal."""
+    bits = (logits + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(logits == 0.0, 0, bits)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _logit_of(order):
+    """The float of an order."""
+    order = order.to(tl.int32)
+    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bin_of(logits, best):
+    """Bins ascend with the distance from the greatest logit; equal logits share one."""
+    bits = (best - logits).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum((bits >> 16) - (115 << 7), 0), 4095)
+
+
+@triton.jit
+def _weight_of(logits, best, temperature):
+    """int64: exp((logit - best) / temperature) * 2^40."""
+    x = tl.maximum((logits - best) / temperature, -100.0)
+    y = x * 1.4426950408889634
+    rest = tl.fma(x, 1.4426950216293335, -y) + x * 1.925963033500011e-08
+    return (tl.exp2(y) * (1.0 + rest * 0.6931471805599453) * 1099511627776.0 + 0.5).to(tl.int64)
+
+
+@triton.jit
+def _key_of(logits, ids, ID_BITS: tl.constexpr):
+    """int64, unlike for any two tokens: greater logits are greater, and of equal ones lower ids."""
+    return (order_of(logits).to(tl.int64) << ID_BITS) | ((1 << ID_BITS) - 1 - ids.to(tl.int64))
+
+
+@triton.jit
+def best_kernel(logits_ptr, state_ptr, vocab, stride, ROW: tl.constexpr, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
+    best = order_of(tl.max(logits, axis=0)).to(tl.int64) + 2147483648
+    tl.atomic_max(state_ptr + row * ROW + _BEST, best, sem="relaxed")
+
+
+@triton.jit
+def _best_of(state):
+    return _logit_of(tl.load(state + _BEST) - 2147483648)
+
+
+@triton.jit
+def _some_best_of(state):
+    """As above, and any number where nothing is legal."""
+    best = _best_of(state)
+    return tl.where(best == float("-inf"), 0.0, best)
+
+
+@triton.jit
+def _wanted(top_p, total):
+    """The least integer weight that is top_p of the total; at least 1, so that one token stays."""
+    exact = top_p.to(tl.float64) * total.to(tl.float64)
+    wanted = exact.to(tl.int64)
+    wanted += (wanted.to(tl.float64) < exact).to(tl.int64)
+    return tl.minimum(tl.maximum(wanted, 1), total)
+
+
+@triton.jit
+def _seek_weight(state, weights, wanted, BINS: tl.constexpr):
+    """Set the next pass on the bin in which the weights of the greatest tokens reach `wanted`."""
+    b = tl.arange(0, BINS)
+    above = tl.cumsum(weights, axis=0)
+    place = tl.min(tl.where(above >= wanted, b, BINS - 1), axis=0)
+    tl.store(state + _PENDING, 2)
+    tl.store(state + _FROM, place.to(tl.int64))
+    tl.store(state + _TO, place.to(tl.int64))
+    tl.store(state + _LEFT, wanted - tl.sum(tl.where(b < place, weights, 0), axis=0))
+
+
+@triton.jit
+def _seek_count(state, counts, wanted, LIST: tl.constexpr, BINS: tl.constexpr):
+    """Set the next pass on the bin in which the greatest `wanted` tokens end, and those above if few."""
+    b = tl.arange(0, BINS)
+    above = tl.cumsum(counts, axis=0)
+    place = tl.min(tl.where(above >= wanted, b, BINS - 1), axis=0)
+    upto = tl.sum(tl.where(b <= place, counts, 0), axis=0)
+    before = tl.where(upto <= LIST, 0, tl.sum(tl.where(b < place, counts, 0), axis=0))
+    tl.store(state + _PENDING, 1)
+    tl.store(state + _FROM, tl.where(upto <= LIST, 0, place).to(tl.int64))
+    tl.store(state + _TO, place.to(tl.int64))
+    tl.store(state + _LEFT, wanted - before)
+
+
+@triton.jit
+def filter_bins_kernel(
+    logits_ptr,  # [rows, vocab] float32
+    temperature_ptr,  # [rows] float32
+    top_k_ptr,  # [rows] int32
+    top_p_ptr,  # [rows] float32
+    state_ptr,  # [rows, ROW] int64: state, counts, weights; zero but for _BEST
+    order_ptr,  # [rows] int32, written: least order kept, for now the least there is
+    limit_ptr,  # [rows] int32, written: tokens of that order are kept if their id is below
+    best_ptr,  # [rows] float32, written
+    vocab,
+    stride,
+    chunks,
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    LIST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    state = state_ptr + row * ROW
+    best = _best_of(state)
+    temperature = tl.load(temperature_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    if chunk == 0:
+        tl.store(order_ptr + row, -2147483648)
+        tl.store(limit_ptr + row, 2147483647)
+        tl.store(best_ptr + row, best)
+    filters = (temperature >= 1e-5) & (best > float("-inf"))
+    counts_them, weighs_them = filters & (top_k > 0), filters & (top_p < 1.0)
+    if counts_them | weighs_them:
+        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
+        there = logits > float("-inf")
+        place = state + STATE + _bin_of(logits, best)
+        if counts_them:
+            tl.atomic_add(place, tl.full((CHUNK,), 1, dtype=tl.int64), mask=there, sem="relaxed")
+        if weighs_them:
+            weight = _weight_of(logits, best, temperature)
+            tl.atomic_add(place + BINS, weight, mask=there & (weight > 0), sem="relaxed")
+        tl.debug_barrier()
+        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
+            tl.store(state + _ARRIVED, 0)
+            b = tl.arange(0, BINS)
+            counts = tl.load(state + STATE + b, cache_modifier=".cg")
+            cuts = counts_them & (tl.sum(counts, axis=0) > top_k)
+            if cuts:
+                _seek_count(state, counts, top_k.to(tl.int64), LIST, BINS)
+            elif weighs_them:
+                weights = tl.load(state + STATE + BINS + b, cache_modifier=".cg")
+                _seek_weight(state, weights, _wanted(top_p, tl.sum(weights, axis=0)), BINS)
+
+
+@triton.jit
+def _list_tokens(
+    logits, ids, vocab, state, list_ptr, best, LIST: tl.constexpr, ID_BITS: tl.constexpr, ALL: tl.constexpr
+):
+    """Put a chunk's tokens of the wanted bins into the row's list. ALL: tokens of -inf count as well."""
+    place = _bin_of(logits, best)
+    mine = (ids < vocab) & (place >= tl.load(state + _FROM)) & (place <= tl.load(state + _TO))
+    if not ALL:
+        mine = mine & (logits > float("-inf"))
+    number = tl.sum(mine.to(tl.int64), axis=0)
+    if number > 0:
+        at = tl.atomic_add(state + _LISTED, number, sem="relaxed")
+        at += tl.cumsum(mine.to(tl.int64), axis=0) - 1
+        tl.store(list_ptr + at, _key_of(logits, ids, ID_BITS), mask=mine & (at < LIST))
+
+
+@triton.jit
+def _measure(
+    keys,  # [LIST] int64: the list
+    values,  # [LIST] int64: what each counts
+    overflows,  # the list is not all of it
+    at_least,
+    row_ptr,
+    vocab,
+    low_bin,
+    high_bin,
+    best,
+    temperature,
+    WEIGHS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Number, or weight, of the listed tokens from a key on."""
+    total = tl.sum(tl.where(keys >= at_least, values, 0), axis=0)
+    if overflows:
+        total = tl.zeros_like(total)
+        for start in range(0, vocab, CHUNK):
+            ids = start + tl.arange(0, CHUNK)
+            logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
+            place = _bin_of(logits, best)
+            inside = (place >= low_bin) & (place <= high_bin) & (logits > float("-inf"))
+            inside = inside & (_key_of(logits, ids, ID_BITS) >= at_least)
+            value = tl.full((CHUNK,), 1, dtype=tl.int64)
+            if WEIGHS:
+                value = _weight_of(logits, best, temperature)
+            total += tl.sum(tl.where(inside, value, 0), axis=0)
+    return total
+
+
+@triton.jit
+def _search(
+    low,  # a key from which on there is enough
+    high,  # and one from which on there is not
+    enough,
+    keys,
+    values,
+    overflows,
+    row_ptr,
+    vocab,
+    low_bin,
+    high_bin,
+    best,
+    temperature,
+    WEIGHS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The greatest key from which on the listed tokens are, or weigh, enough."""
+    while high - low > 1:
+        middle = low + ((high - low) >> 1)
+        found = _measure(
+            keys, values, overflows, middle, row_ptr, vocab, low_bin, high_bin, best, temperature, WEIGHS,
+            ID_BITS, CHUNK,
+        )  # fmt: skip
+        if found >= enough:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def filter_list_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_p_ptr,
+    state_ptr,
+    list_ptr,  # [rows, LIST] int64
+    order_ptr,
+    limit_ptr,
+    vocab,
+    stride,
+    chunks,
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    LIST: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    state = state_ptr + row * ROW
+    list_row, row_ptr = list_ptr + row * LIST, logits_ptr + row * stride
+    pending = tl.load(state + _PENDING)
+    if pending != 0:
+        best = _best_of(state)
+        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
+        _list_tokens(logits, ids, vocab, state, list_row, best, LIST, ID_BITS, False)
+        tl.debug_barrier()
+        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
+            temperature, top_p = tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
+            listed = tl.load(state + _LISTED, cache_modifier=".cg")
+            low_bin, high_bin = tl.load(state + _FROM), tl.load(state + _TO)
+            left = tl.load(state + _LEFT)
+            tl.debug_barrier()  # every warp has read them
+            tl.store(state + _ARRIVED, 0)
+            tl.store(state + _LISTED, 0)
+            tl.store(state + _PENDING, 0)
+            overflows = listed > LIST
+            i = tl.arange(0, LIST)
+            none = tl.full((LIST,), -9223372036854775808, dtype=tl.int64)
+            keys = tl.load(list_row + i, mask=i < listed, other=-9223372036854775808, cache_modifier=".cg")
+            ones = tl.full((LIST,), 1, dtype=tl.int64)
+            high = _key_of(best, tl.zeros((), dtype=tl.int64), ID_BITS) + 1
+            low = tl.min(tl.where(keys == none, high, keys), axis=0)
+            if overflows:
+                low = tl.full((), -2147483648, dtype=tl.int64) << ID_BITS
+            values = tl.where(keys == none, best, _logit_of(keys >> ID_BITS))
+            weights = tl.where(keys == none, 0, _weight_of(values, best, temperature))
+            found = low
+            if pending == 1:
+                found = _search(
+                    low, high, left, keys, ones, overflows, row_ptr, vocab, low_bin, high_bin, best,
+                    temperature, False, ID_BITS, CHUNK,
+                )  # fmt: skip
+                if top_p < 1.0:
+                    # what top-k left, weighed
+                    b = tl.arange(0, BINS)
+                    of_bin = tl.load(state + STATE + BINS + b, cache_modifier=".cg")
+                    of_bin = tl.where(b < low_bin, of_bin, 0)
+                    before = tl.sum(of_bin, axis=0)
+                    kept = _measure(
+                        keys, weights, overflows, found, row_ptr, vocab, low_bin, high_bin, best,
+                        temperature, True, ID_BITS, CHUNK,
+                    )  # fmt: skip
+                    wanted = _wanted(top_p, before + kept)
+                    if wanted <= before:
+                        _seek_weight(state, of_bin, wanted, BINS)
+                    else:
+                        left = wanted - before
+                        low = found
+                        pending = tl.full((), 2, dtype=tl.int64)
+            if pending == 2:
+                found = _search(
+                    low, high, left, keys, weights, overflows, row_ptr, vocab, low_bin, high_bin, best,
+                    temperature, True, ID_BITS, CHUNK,
+                )  # fmt: skip
+            # after a top-k that leaves top-p to the next pass this is not the end, but not wrong either
+            tl.store(order_ptr + row, (found >> ID_BITS).to(tl.int32))
+            last = (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1))
+            tl.store(limit_ptr + row, (last + 1).to(tl.int32))
+
+
+@triton.jit
+def top_bins_kernel(
+    logits_ptr,
+    tokens_ptr,  # [rows] int64
+    state_ptr,
+    greater_ptr,  # [rows] int32, zero: tokens with a greater logit than tokens[row] has
+    num_top,
+    vocab,
+    stride,
+    chunks,
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    LIST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    state, row_ptr = state_ptr + row * ROW, logits_ptr + row * stride
+    best = _some_best_of(state)
+    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    there = ids < vocab
+    logits = legal(tl.load(row_ptr + ids, mask=there, other=float("-inf")))
+    own = legal(tl.load(row_ptr + tl.maximum(tl.load(tokens_ptr + row), 0)))
+    tl.atomic_add(greater_ptr + row, tl.sum((there & (logits > own)).to(tl.int32), axis=0), sem="relaxed")
+    weight = tl.where(there, _weight_of(logits, best, 1.0), 0)
+    tl.atomic_add(state + _TOTAL, tl.sum(weight, axis=0), sem="relaxed")
+    if num_top > 0:
+        ones = tl.full((CHUNK,), 1, dtype=tl.int64)
+        tl.atomic_add(state + STATE + _bin_of(logits, best), ones, mask=there, sem="relaxed")
+        tl.debug_barrier()
+        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
+            tl.store(state + _ARRIVED, 0)
+            counts = tl.load(state + STATE + tl.arange(0, BINS), cache_modifier=".cg")
+            _seek_count(state, counts, num_top.to(tl.int64), LIST, BINS)
+            tl.store(state + _FROM, 0)  # those above are wanted as well
+
+
+@triton.jit
+def top_list_kernel(
+    logits_ptr,
+    tokens_ptr,
+    state_ptr,
+    list_ptr,
+    greater_ptr,
+    logprob_ptr,  # [rows] float32, written
+    rank_ptr,  # [rows] int64, written
+    ids_ptr,  # [rows, num_top] int64, written
+    values_ptr,  # [rows, num_top] float32, written
+    num_top,
+    vocab,
+    stride,
+    chunks,
+    ROW: tl.constexpr,
+    LIST: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    state, row_ptr = state_ptr + row * ROW, logits_ptr + row * stride
+    list_row = list_ptr + row * LIST
+    best = _some_best_of(state)
+    total = tl.load(state + _TOTAL)
+    nothing = total == 0  # no logit is above -inf: there are no probabilities
+    log_total = tl.log((tl.where(nothing, 1, total).to(tl.float64) / 1099511627776.0).to(tl.float32))
+    if chunk == 0:
+        token = tl.load(tokens_ptr + row)
+        own = legal(tl.load(row_ptr + tl.maximum(token, 0)))
+        rank = tl.load(greater_ptr + row).to(tl.int64) + 1
+        logprob = tl.where(nothing, float("nan"), own - best - log_total)
+        tl.store(logprob_ptr + row, tl.where(token < 0, float("-inf"), logprob))
+        tl.store(rank_ptr + row, tl.where(token < 0, 0, rank))
+    if num_top > 0:
+        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
+        _list_tokens(logits, ids, vocab, state, list_row, best, LIST, ID_BITS, True)
+        tl.debug_barrier()
+        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
+            listed = tl.load(state + _LISTED, cache_modifier=".cg")
+            i = tl.arange(0, LIST)
+            none = tl.full((), -9223372036854775808, dtype=tl.int64)
+            keys = tl.load(list_row + i, mask=i < listed, other=-9223372036854775808, cache_modifier=".cg")
+            last = tl.full((), 9223372036854775807, dtype=tl.int64)
+            for place in range(num_top):
+                found = tl.max(tl.where(keys < last, keys, none), axis=0)
+                if listed > LIST:
+                    found = none
+                    for start in range(0, vocab, CHUNK):
+                        others = start + tl.arange(0, CHUNK)
+                        values = legal(tl.load(row_ptr + others, mask=others < vocab, other=float("-inf")))
+                        key = _key_of(values, others, ID_BITS)
+                        below = (key < last) & (others < vocab)
+                        found = tl.maximum(found, tl.max(tl.where(below, key, none), axis=0))
+                last = found
+                token = (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1))
+                tl.store(ids_ptr + row * num_top + place, token)
+                value = _logit_of(found >> ID_BITS) - best - log_total
+                tl.store(values_ptr + row * num_top + place, tl.where(nothing, float("nan"), value))
+
+
+def chunk_of(rows: int, vocab: int) -> int:
+    """Tokens of a program: fewer where there are few rows, so that all of the GPU reads."""
+    return min(1024 if rows <= 8 else 4096, next_power_of_2(vocab))
+
+
+def _check(logits: torch.Tensor) -> None:
+    if logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
+        raise ValueError("logits must be float32 rows")
+
+
+def thresholds(
+    logits: torch.Tensor,  # [rows, vocab] float32
+    temperature: torch.Tensor,  # [rows] float32
+    top_k: torch.Tensor,  # [rows] int32, 0 is off
+    top_p: torch.Tensor,  # [rows] float32, 1 is off
+    *,
+    any_cut: bool = True,  # False: no row asks for top-k or top-p, only the greatest logit is wanted
+    any_both: bool = True,  # False: no row asks for both
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(least order kept [rows], id limit at that order [rows], greatest logit [rows])"""
+    _check(logits)
+    rows, vocab = logits.shape
+    order, limit = (torch.empty(rows, dtype=torch.int32, device=logits.device) for _ in range(2))
+    best = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    row = STATE + 2 * BINS
+    for start in range(0, rows, _ROWS):
+        part = slice(start, min(start + _ROWS, rows))
+        mine, count = logits[part], part.stop - start
+        chunk = chunk_of(count, vocab)
+        chunks = -(-vocab // chunk)
+        state = torch.zeros(count, row, dtype=torch.int64, device=logits.device)
+        best_kernel[(count, chunks)](mine, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4)
+        filter_bins_kernel[(count, chunks)](
+            mine, temperature[part], top_k[part], top_p[part], state, order[part], limit[part], best[part],
+            vocab, logits.stride(0), chunks, ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, CHUNK=chunk,
+            num_warps=8,
+        )  # fmt: skip
+        if not any_cut:
+            continue
+        listed = torch.empty(count, LIST, dtype=torch.int64, device=logits.device)
+        for _ in range(2 if any_both else 1):
+            filter_list_kernel[(count, chunks)](
+                mine, temperature[part], top_p[part], state, listed, order[part], limit[part], vocab,
+                logits.stride(0), chunks, ROW=row, STATE=STATE, BINS=BINS, LIST=LIST,
+                ID_BITS=(vocab - 1).bit_length() or 1, CHUNK=chunk, num_warps=8,
+            )  # fmt: skip
+    return order, limit, best
+
+
+def top(
+    logits: torch.Tensor,  # [rows, vocab] float32
+    tokens: torch.Tensor,  # [rows] int64, negative: none
+    num_top: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a token and of the greatest ones.
+
+    (of tokens [rows] float32, 1 + how many are greater [rows] int64, greatest ids [rows, num_top]
+    int64, theirs [rows, num_top] float32)
+    """
+    _check(logits)
+    rows, vocab = logits.shape
+    num_top = min(num_top, vocab)
+    device = logits.device
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
+    ranks = torch.empty(rows, dtype=torch.int64, device=device)
+    ids = torch.empty(rows, num_top, dtype=torch.int64, device=device)
+    values = torch.empty(rows, num_top, dtype=torch.float32, device=device)
+    row = STATE + 2 * BINS
+    for start in range(0, rows, _ROWS):
+        part = slice(start, min(start + _ROWS, rows))
+        mine, count = logits[part], part.stop - start
+        chunk = chunk_of(count, vocab)
+        chunks = -(-vocab // chunk)
+        state = torch.zeros(count, row, dtype=torch.int64, device=device)
+        greater = torch.zeros(count, dtype=torch.int32, device=device)
+        listed = torch.empty(count, LIST if num_top else 0, dtype=torch.int64, device=device)
+        best_kernel[(count, chunks)](mine, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4)
+        top_bins_kernel[(count, chunks)](
+            mine, tokens[part], state, greater, num_top, vocab, logits.stride(0), chunks, ROW=row,
+            STATE=STATE, BINS=BINS, LIST=LIST, CHUNK=chunk, num_warps=8,
+        )  # fmt: skip
+        top_list_kernel[(count, chunks if num_top else 1)](
+            mine, tokens[part], state, listed, greater, logprobs[part], ranks[part], ids[part], values[part],
+            num_top, vocab, logits.stride(0), chunks, ROW=row, LIST=LIST,
+            ID_BITS=(vocab - 1).bit_length() or 1, CHUNK=chunk, num_warps=8,
+        )  # fmt: skip
+    return logprobs, ranks, ids, values

@@ -1,0 +1,1 @@
+"""What clients may send: pydantic models of the requests, and how they become legal engine parameters."""

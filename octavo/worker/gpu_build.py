@@ -1,0 +1,177 @@
+"""What a GPU worker is built from: kernels, graphs, and the memory they take beside the KV cache.
+
+The counterpart of the CPU's part of octavo/worker/build.py. Triton is imported where a kernel is
+first asked for: a machine without a GPU never comes there.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from octavo.attention.backend import ForwardContext
+from octavo.attention.triton_backend import TritonBackend
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError, InsufficientMemoryError
+from octavo.kernels import triton as triton_kernels
+from octavo.layers.ops import Kernels
+from octavo.models.decoder import CausalLM
+from octavo.platform import gpu_memory
+from octavo.sampling.sampler import DrawKernels
+from octavo.speculation.proposer import Proposer
+from octavo.worker.cuda_graph import CudaGraphs, GraphSizes, StepBuffers
+from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
+from octavo.worker.step_math import StepMath, TorchStep
+
+GRAPH_ROWS = 512  # steps of more rows hide their launches behind matrices
+DETERMINISTIC_ROWS = 128  # up to so many rows one family of kernels computes every row alike
+LEAST_CAPABILITY = (8, 0)  # of the matrix units that the kernels are written for
+
+MIB, GIB = 1 << 20, 1 << 30
+# The driver's context, the modules of kernels and the libraries' workspaces. Measured on an H200: TODO.
+CONTEXT = 700 * MIB
+
+
+@dataclass(frozen=True)
+class GpuKernels:
+    """The Triton kernels, as this configuration uses them."""
+
+    ops: Kernels
+    backend: TritonBackend
+    draw: DrawKernels
+
+
+def why_not_triton(config: EngineConfig) -> str | None:
+    """Why the Triton kernels do not run here; None if they do."""
+    if config.platform.device != "cuda":
+        return "they run on a GPU only"
+    if not triton_kernels.available():
+        return "the package triton is not installed"
+    gpu = config.platform.gpu
+    assert gpu is not None
+    if gpu.capability < LEAST_CAPABILITY:
+        return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, and they need 8.0"
+    return None
+
+
+def gpu_kernels(config: EngineConfig) -> GpuKernels:
+    """The Triton kernels. Raises ConfigError for a deterministic=True that they cannot keep."""
+    from octavo.models.gpu_ops import GpuOps
+    from octavo.sampling.gpu_draw import GpuDraw
+
+    if not config.args.deterministic:
+        return GpuKernels(GpuOps(), TritonBackend(), GpuDraw())
+    if config.dtype == "float16":
+        raise ConfigError(
+            "deterministic=True on a GPU computes in bfloat16 or float32, not in float16: set dtype"
+        )
+    if config.max_num_batched_tokens > DETERMINISTIC_ROWS:
+        raise ConfigError(
+            f"deterministic=True on a GPU needs steps of at most {DETERMINISTIC_ROWS} rows, where every row is "
+            f"computed alike; set max_num_batched_tokens={DETERMINISTIC_ROWS} (not "
+            f"{config.max_num_batched_tokens}), or leave it open"
+        )
+    every = (torch.bfloat16, torch.float32)
+    ops = GpuOps(every, few_rows=DETERMINISTIC_ROWS, one_tiling=True)
+    return GpuKernels(ops, TritonBackend(one_tiling=True), GpuDraw())
+
+
+def check_deterministic(model: CausalLM, ops: Kernels) -> None:
+    """Raise ConfigError if a model's rows would not be computed alike."""
+    from octavo.models.gpu_ops import GpuOps
+
+    decoder = ops.decoder if isinstance(ops, GpuOps) else None
+    if not model.is_fused or decoder is None or decoder.few_rows < DETERMINISTIC_ROWS:
+        raise ConfigError(
+            "deterministic=True: this model's shape (head size, or hidden size not a multiple of 64) takes "
+            "the library's products on a GPU, whose bits depend on the number of rows. Use device='cpu'"
+        )
+
+
+def release_memory() -> None:
+    """Give back to the device what nothing uses any more. Engines hold themselves in cycles."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def check_gpu_is_free(budget: int, share: float) -> None:
+    """Raise InsufficientMemoryError if others hold so much of the GPU that `budget` bytes are not left."""
+    if not torch.cuda.is_available():  # planning for another machine
+        return
+    free, total = gpu_memory()
+    left = free + min(total - free, CONTEXT)  # what this process holds already is its own
+    if budget > left:
+        possible = max(0.0, left / total - 0.005)
+        raise InsufficientMemoryError(
+            f"gpu_memory_utilization={share} asks for {budget / GIB:.1f} GiB, and {left / GIB:.1f} of "
+            f"{total / GIB:.1f} GiB are free: other processes hold the rest.\n"
+            f"Set gpu_memory_utilization to at most {possible:.2f}, or end what runs on this GPU."
+        )
+
+
+def graph_sizes_of(config: EngineConfig) -> GraphSizes:
+    """The sizes that graphs are captured for."""
+    return GraphSizes.up_to(min(GRAPH_ROWS, config.max_num_batched_tokens))
+
+
+def gpu_steps(config: EngineConfig, state: DeviceState) -> tuple[StepMath, StepBuffers]:
+    """The arithmetic around a forward, and the buffers it writes each step into."""
+    rows, requests = config.max_num_batched_tokens, state.num_slots
+    buffers = StepBuffers.allocate(rows, requests, state.block_table)
+    try:
+        from octavo.worker.gpu_step import GpuStep  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError:
+        own_table = torch.zeros_like(state.block_table)
+        return TorchStep(state), StepBuffers.allocate(rows, requests, own_table)
+    return GpuStep(state, buffers, graph_sizes_of(config)), buffers
+
+
+def gpu_lookup(state: DeviceState, *, prompt: bool) -> Proposer:
+    """Drafts from the text itself or from a predicted output, made on the device."""
+    from octavo.speculation.gpu_lookup import GpuLookup
+    from octavo.worker.gpu_step import slot_tables
+
+    return GpuLookup(slot_tables(state), prompt=prompt)
+
+
+def capture_graphs(
+    config: EngineConfig,
+    model: CausalLM,
+    kv_caches: list[torch.Tensor],
+    buffers: StepBuffers,
+    max_model_len: int,
+) -> CudaGraphs:
+    """All graphs of the target's forward."""
+
+    def forward(input_ids: torch.Tensor, metadata: object) -> torch.Tensor:
+        context = ForwardContext(metadata, kv_caches)  # type: ignore[arg-type]
+        return model.forward(input_ids, context.attention.positions, context)
+
+    graphs = CudaGraphs(forward, graph_sizes_of(config), buffers, max_model_len)
+    with torch.inference_mode():
+        graphs.capture_all()
+    return graphs
+
+
+def gpu_workspace(config: EngineConfig, longest: int) -> int:
+    """Bytes that a GPU worker holds beside weights, KV cache and slots; an upper bound, and close."""
+    model, itemsize = config.model, getattr(torch, config.dtype).itemsize
+    hidden, width, heads = model.hidden_size, model.intermediate_size, model.num_heads
+    rows, graphed = config.max_num_batched_tokens, min(GRAPH_ROWS, config.max_num_batched_tokens)
+    q_and_kv = (heads + 2 * model.num_kv_heads) * model.head_dim
+    a_row = (2 * hidden + max(3 * width, q_and_kv + 2 * heads * model.head_dim)) * itemsize
+    sizes = graph_sizes_of(config)
+    results = sum(sizes.short + sizes.chunks) * hidden * itemsize  # what each graph returns
+    drafts = 0 if config.speculative is None else config.speculative.num_speculative_tokens or MAX_DRAFTS
+    sampled = min(config.max_num_seqs * (1 + drafts), max(rows, config.max_num_seqs))
+    logits = sampled * model.vocab_size * 4
+    # octavo/kernels/triton/decoder.py: partial sums of products, and of attention's shared groups
+    few = DETERMINISTIC_ROWS if config.args.deterministic else 64
+    products = (16 * hidden + 4 * max(q_and_kv, 2 * width)) * few * 4
+    shared = 32 * heads * -(-longest // 128) * (model.head_dim + 2) * 4
+    rotary = 2 * longest * (model.head_dim // 2) * 4
+    return CONTEXT + (rows + graphed) * a_row + results + logits + products + shared + rotary

@@ -1,0 +1,144 @@
+"""`StepMath` for GPUs with Triton: one kernel before the forward and one behind the draw.
+
+The host sends two small tables a step, what changed and which slots get how many rows, each in one
+copy from page-locked memory. It never waits, and no size depends on what the device holds. The inputs
+lie in the buffers that the CUDA graphs read, padded to the size of the step's graph.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import torch
+
+from octavo.core.messages import RowKind, SchedulerOutput
+from octavo.kernels.triton import step as kernels
+from octavo.worker.cuda_graph import GraphSizes, StepBuffers
+from octavo.worker.device_time import to_device
+from octavo.worker.input_batch import DeviceState
+from octavo.worker.step_math import StepInputs, Verdict
+
+
+class GpuStep:
+    """See StepMath."""
+
+    def __init__(
+        self, state: DeviceState, buffers: StepBuffers | None = None, sizes: GraphSizes | None = None
+    ) -> None:
+        """`buffers` must hold the largest step; None: each step gets its own. `sizes`: None: no graphs."""
+        self._state = state
+        self._buffers = buffers
+        self._sizes = sizes
+        self._rows = torch.empty(0, kernels.ROW_COLUMNS, dtype=torch.int32)  # of the step being computed
+        self._num_sampled = 0
+        self._width = 0
+
+    def change_slots(self, out: SchedulerOutput) -> None:
+        """See StepMath. One copy and one kernel, and nothing where nothing changed."""
+        if not (out.freed_slots or out.new_slots or out.new_blocks):
+            return
+        state = self._state
+        entering = {new.slot for new in out.new_slots}
+        widest = max((len(new.stop_token_ids) for new in out.new_slots), default=0)
+        state.widen_stop_ids(widest)
+        changes: list[tuple[int, int, int, int, int]] = [
+            (kernels.LEAVE, slot, 0, 0, 0) for slot in out.freed_slots if slot not in entering
+        ]
+        values: list[int] = []
+
+        def add(what: int, slot: int, first: int, numbers: list[int], count: int) -> None:
+            changes.append((what, slot, first, count, len(values)))
+            values.extend(numbers)
+
+        for new in out.new_slots:
+            counters = [len(new.token_ids), new.num_computed_tokens, new.limit]
+            stops = list(new.stop_token_ids)
+            add(kernels.ENTER, new.slot, 0, counters + stops, len(stops))
+            add(kernels.SET_TOKENS, new.slot, 0, new.token_ids, len(new.token_ids))
+            add(kernels.SET_BLOCKS, new.slot, 0, new.block_ids, len(new.block_ids))
+            state.num_blocks[new.slot] = len(new.block_ids)
+        for slot, block_ids in out.new_blocks:
+            add(kernels.SET_BLOCKS, slot, state.num_blocks[slot], block_ids, len(block_ids))
+            state.num_blocks[slot] += len(block_ids)
+        table = np.array(changes, dtype=np.int32)
+        sent = to_device(np.concatenate((table.reshape(-1), np.array(values, dtype=np.int32))), state.device)
+        size = table.size
+        longest = int(table[:, 3].max())
+        kernels.change(slot_tables(state), sent[:size].view(-1, kernels.CHANGE_COLUMNS), sent[size:], longest)
+
+    def prepare(self, out: SchedulerOutput) -> StepInputs:
+        """See StepMath."""
+        state = self._state
+        num_reqs = len(out.rows)
+        rows = np.fromiter(chain.from_iterable(out.rows), dtype=np.int32, count=4 * num_reqs).reshape(-1, 4)
+        slots, num_rows, samples = rows[:, 0], rows[:, 1], rows[:, 3] != 0
+        is_verify = rows[:, 2] == RowKind.VERIFY
+        columns = np.where(is_verify, num_rows, 1) * samples  # rows of logits
+        table = np.empty((num_reqs, kernels.ROW_COLUMNS), dtype=np.int32)
+        table[:, 0], table[:, 1], table[:, 2] = slots, num_rows, is_verify
+        table[:, 3] = np.cumsum(num_rows) - num_rows
+        table[:, 4] = np.cumsum(columns) - columns
+        table[:, 5] = np.where(samples, np.cumsum(samples) - 1, -1)
+        num_tokens, num_logits = int(num_rows.sum()), int(columns.sum())
+        longest, self._width = int(num_rows.max()), int(columns.max())
+        self._num_sampled = int(samples.sum())
+        self._rows = to_device(table, state.device)
+
+        padded = self._sizes.padded(num_tokens, longest) if self._sizes is not None else None
+        buffers = self._buffers or StepBuffers.allocate(num_tokens, num_reqs, state.block_table)
+        padded_rows, padded_reqs = num_tokens, num_reqs
+        if padded is not None:
+            padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
+        own = torch.empty(num_reqs + 2 * num_logits, dtype=torch.int64, device=state.device)
+        num_valid, logits = own[:num_reqs], own[num_reqs:]
+        logits_rows, draw_positions = logits[:num_logits], logits[num_logits:]
+        kernels.prepare(
+            slot_tables(state),
+            self._rows,
+            kernels.StepOutputs(
+                buffers.input_ids, buffers.positions, buffers.slot_mapping, buffers.query_start_loc,
+                buffers.seq_lens, buffers.table_rows, num_valid, logits_rows, draw_positions,
+            ),
+            num_tokens, longest, padded_rows, padded_reqs, max(1, self._width),
+        )  # fmt: skip
+        max_blocks = max(state.num_blocks[slot] for slot in slots.tolist())
+        metadata = buffers.metadata(num_tokens, num_reqs, longest, max_blocks * state.block_size)
+        return StepInputs(
+            input_ids=buffers.input_ids[:num_tokens],
+            positions=metadata.positions,
+            metadata=metadata,
+            num_valid=num_valid,
+            logits_rows=logits_rows,
+            logits_slots=np.repeat(slots, columns).astype(np.int64),
+            draw_positions=draw_positions,
+        )
+
+    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> Verdict | None:
+        """See StepMath."""
+        device = self._state.device
+        if drawn is None:
+            drawn = torch.empty(0, dtype=torch.int64, device=device)
+        sampled, width = self._num_sampled, max(1, self._width)
+        result = torch.empty(sampled * (width + 4), dtype=torch.int64, device=device)
+        tokens, numbers = (
+            result[: sampled * width].view(sampled, width),
+            result[sampled * width :].view(4, sampled),
+        )
+        kernels.finish(slot_tables(self._state), self._rows, inputs.num_valid, drawn, tokens, numbers)
+        return Verdict(tokens, numbers) if sampled else None
+
+
+def slot_tables(state: DeviceState) -> kernels.SlotTables:
+    """The device tables as kernels see them. The stop ids' table may be replaced by a wider one."""
+    return kernels.SlotTables(
+        state.tokens,
+        state.block_table,
+        state.stop_ids,
+        state.num_tokens,
+        state.num_computed,
+        state.num_drafts,
+        state.limit,
+        state.finished,
+        state.block_size,
+    )
