@@ -13,12 +13,12 @@ the aim, and how much of the time the device was busy.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,6 +73,11 @@ class _Watched:
         return getattr(self._executor, name)
 
 
+def _conditional(rates: Sequence[float]) -> list[float]:
+    """The chance that a draft is accepted if all before it were."""
+    return [rate / before for rate, before in zip(rates, (1.0, *rates), strict=False)]
+
+
 def time_start(model: str, parent: Path) -> dict[str, Any]:
     """Seconds from the start of a process to its first token."""
     folder = model_folder(model, parent)
@@ -100,7 +105,7 @@ class Scenarios:
         if draft is not None:
             settings["speculative"] = {
                 "method": "draft_model", "model": str(model_folder(draft, parent)),
-                "num_speculative_tokens": drafts, "synthetic_acceptance_rates": list(ACCEPTANCE),
+                "num_speculative_tokens": drafts, "synthetic_acceptance_rates": _conditional(ACCEPTANCE),
             }  # fmt: skip
         self.llm = LLM(model=str(model_folder(model, parent)), **settings)
         engine: Any = self.llm._parts.engine  # type: ignore[union-attr]
@@ -197,8 +202,6 @@ def main() -> None:
             for kind in arguments.kinds:
                 print(json.dumps(scenarios.run(kind, arguments.repeat, ceilings)), flush=True)
             scenarios.llm.shutdown()
-            del scenarios
-            gc.collect()
 
 
 if __name__ == "__main__":

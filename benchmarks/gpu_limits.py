@@ -44,10 +44,10 @@ def measure_ceilings() -> Ceilings:
 
     source = random(2**30)
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source))  # noqa: F821
     del source, target
     weights, row = [random(151936, 4096) for _ in range(4)], random(1, 4096)
-    read = 4 * weights[0].nbytes / _seconds(lambda: [row @ weight.T for weight in weights])
+    read = 4 * weights[0].nbytes / _seconds(lambda: [row @ weight.T for weight in weights])  # noqa: F821
     del weights
     a, b = random(8192, 8192), random(8192, 8192)
     matrix = 2 * 8192**3 / _seconds(lambda: a @ b)

@@ -9,19 +9,21 @@ Runs a row of `benchmarks/cpu.py` once in this process, with clocks around the p
     sample    drawing and the counters
     host      everything else of a step: scheduling, bookkeeping, text
 
-and prints, for each kind of step, the least time the arithmetic alone needs (`benchmarks/machine.py`).
+and prints, for each kind of step, the median of a step and the least time that the arithmetic of all
+of them needs (`benchmarks/machine.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.job import Request
+from benchmarks.engines.job import ForeignCores, Request
 from benchmarks.machine import Limits, ModelSize, measure, step_seconds
 from benchmarks.workloads import Sizes, Workloads
 from octavo import LLM, SamplingParams
@@ -127,8 +129,9 @@ def show(steps: list[StepRecord], name: str, size: ModelSize, machine: Limits) -
         step_seconds(size, machine, step.decode_rows + step.chunk_rows, step.samples) for step in steps
     )
     rows = sum(step.decode_rows + step.chunk_rows for step in steps)
-    columns = " ".join(f"{parts[part] * 1e3:9.1f}" for part in PARTS)
-    print(f"{name:24} {len(steps):5} {rows:7} {columns} {total * 1e3:9.1f} {least * 1e3:9.1f} {least / total:6.0%}")
+    figures = [parts[part] for part in PARTS] + [total, statistics.median(step.total for step in steps)]
+    columns = " ".join(f"{seconds * 1e3:9.1f}" for seconds in [*figures, least])
+    print(f"{name:20} {len(steps):5} {rows:7} {columns} {least / total:6.0%}")
 
 
 def main() -> None:
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="a line for every step that has prompt rows")
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--peak", type=float, help="bf16 TFLOP/s of this machine, if known")
+    parser.add_argument("--kv-mb", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=1)
     arguments = parser.parse_args()
     sizes = Sizes()
@@ -150,7 +154,7 @@ def main() -> None:
     llm = LLM(
         str(arguments.model),
         dtype="bfloat16",
-        kv_cache_memory=1 << 30,
+        kv_cache_memory=arguments.kv_mb << 20,
         max_num_seqs=64,
         max_model_len=1024,
         enable_prefix_caching=True,
@@ -163,11 +167,13 @@ def main() -> None:
         requests = chosen.requests
         if index:  # other tokens, so that the prefix cache is of no use
             requests = [Request([token + index for token in each.prompt], each.new_tokens) for each in requests]
-        seconds = run(llm, requests, recorder)
+        with ForeignCores() as watch:
+            seconds = run(llm, requests, recorder)
         made = sum(each.new_tokens for each in requests)
         steps = recorder.steps
-        print(f"{seconds:.2f} s, {made / seconds:.0f} tok/s; milliseconds:")
-        print(f"{'steps':24} {'count':>5} {'rows':>7} {' '.join(f'{p:>9}' for p in PARTS)} {'total':>9} {'least':>9}")
+        print(f"{seconds:.2f} s, {made / seconds:.0f} tok/s, others took {watch.cores} cores; milliseconds:")
+        titles = " ".join(f"{title:>9}" for title in (*PARTS, "total", "a step", "least"))
+        print(f"{'steps':20} {'count':>5} {'rows':>7} {titles}")
         if arguments.steps:
             for number, step in enumerate(steps):
                 if step.chunk_rows or number % 16 == 0:

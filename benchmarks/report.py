@@ -126,6 +126,7 @@ LINES = (
     Line("step beside a busy thread / quiet, mean", "foreign", "ratio_mean"),
     Line("step alone, p50 ms", "foreign", "step_p50_ms"),
     Line("schedule + update, ms a step", "brain", "step_ms"),
+    Line("schedule + update, blocked queue, ms a step", "brain", "blocked_ms"),
 )
 
 

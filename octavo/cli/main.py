@@ -35,13 +35,13 @@ VERBS = {
     "generate": ("octavo.cli.generate", "Continue one or more prompts."),
     "models": ("octavo.cli.models", "List what is supported and what is in the cache."),
     "env": ("octavo.cli.env", "Show what this machine has."),
-    "plan": ("octavo.cli.plan", "Show whether a model fits here, without loading it."),
+    "plan": ("octavo.cli.plan", "Show whether a model fits here, and what speculation should bring."),
+    "verify": ("octavo.cli.verify", "Prove that speculation and batching change no token."),
 }
 VERBS_TO_COME = {
     "bench": "Measure one engine.",
     "compare": "Run the same work through several engines.",
     "batch": "Offline jobs.",
-    "verify": "Prove that speculation and batching change no token.",
     "quantize": "Make 4-bit checkpoints.",
 }
 

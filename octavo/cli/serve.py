@@ -183,9 +183,9 @@ def _serve(
 
 def _make_app(client: EngineClient, settings: ServeSettings) -> Any:
     from octavo.server.app import create_app
-    from octavo.server.state import ServerState
+    from octavo.server.state import ServedModel, ServerState
 
-    return create_app(ServerState.build(client, settings))
+    return create_app(ServerState(client, settings, ServedModel.load(client.info, settings)))
 
 
 def _require_packages() -> None:

@@ -50,7 +50,7 @@ from octavo.core.draft_in_force import (
     count_worth,
     promise,
 )
-from octavo.core.draft_limits import catch_up, draft_room, keep_limits, leave_out_blocked
+from octavo.core.draft_limits import CATCH_UP_ROWS, catch_up, draft_room, keep_limits, leave_out_blocked
 from octavo.core.draft_plan import BudgetReport, DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
 from octavo.core.draft_trials import Trials
 from octavo.core.messages import DraftPasses
@@ -78,12 +78,15 @@ class DraftBudget:
         *,
         max_num_batched_tokens: int,
         reserves_rows: bool = True,
+        catch_up_rows: int = CATCH_UP_ROWS,
     ) -> None:
+        """`catch_up_rows`: the most rows of a step that bring the draft model's KV up to date."""
         self.target = target
         self.draft = draft
         self.report = BudgetReport()
         self._max_rows = max_num_batched_tokens
         self._reserves_rows = reserves_rows
+        self._catch_up_rows = catch_up_rows
         self._shared: dict[str, SharedAcceptance] = {}
         self._choices = (ChoiceInForce(), ChoiceInForce())
         self._trials = Trials(self.report)
@@ -157,7 +160,10 @@ class DraftBudget:
             leave_out_blocked(plan, facts, self.report)
         room = draft_room(facts, self._max_rows)
         if facts.owed and any(facts.owed):
-            catch_up(plan, facts, room, lambda index: self._catching_up_pays(index, plan, choice, facts))
+            catch_up(
+                plan, facts, room, self._catch_up_rows,
+                lambda index: self._catching_up_pays(index, plan, choice, facts),
+            )  # fmt: skip
         keep_limits(plan, facts, room, self.report)
         if self.draft is not None:
             plan.passes = _num_passes(plan, choice.passes)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from octavo.core.acceptance import MAX_DRAFTS
 from octavo.core.draft_plan import BudgetReport, DraftPlan, StepFacts
 
-_CATCH_UP_ROWS = 256  # a step, at most
+CATCH_UP_ROWS = 256  # a step, at most, where nobody says otherwise
 
 
 def draft_room(facts: StepFacts, max_num_batched_tokens: int) -> int:
@@ -30,13 +30,15 @@ def leave_out_blocked(plan: DraftPlan, facts: StepFacts, report: BudgetReport) -
             report.num_cut_drafts += wanted
 
 
-def catch_up(plan: DraftPlan, facts: StepFacts, room: int, pays: Callable[[int], bool]) -> None:
+def catch_up(
+    plan: DraftPlan, facts: StepFacts, room: int, most: int, pays: Callable[[int], bool]
+) -> None:
     """Have the draft model catch up for requests with drafts, a part a step, and none before it has.
 
-    `pays(index)` says whether a request's drafts are worth it; nobody asks for those of a fixed
+    `most` rows are granted in all. `pays(index)` says whether a request's drafts are worth it; nobody asks for those of a fixed
     number, or explored ones, which were paid already. Where there is a lookup as well, it drafts alone.
     """
-    left = min(_CATCH_UP_ROWS, facts.catch_up_room, max(0, room - sum(plan.num_drafts)))
+    left = min(most, facts.catch_up_room, max(0, room - sum(plan.num_drafts)))
     too_far: list[int] = []
     for index, (state, behind) in enumerate(zip(facts.states, facts.owed, strict=True)):
         if not plan.num_drafts[index] or not behind or state.model is None or index in facts.blocked:

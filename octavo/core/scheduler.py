@@ -38,6 +38,9 @@ from octavo.core.messages import (
 from octavo.core.request import FinishReason, Request, Status
 
 
+STEPS_BETWEEN_LOOKS = 32  # at the prefix of a request that does not fit
+
+
 @dataclass(slots=True)
 class RequestUpdate:
     """What one step brought to one request."""
@@ -73,6 +76,29 @@ class _LaunchedStep:
     draft_blocks: list[DraftBlocks] = field(default_factory=list)  # that the draft model reads and writes
 
 
+@dataclass(slots=True)
+class _Refused:
+    """The head of the queue, which needs more blocks than are free.
+
+    Looking its prefix up takes longer the longer it is, so that is not done in every step: not while
+    no more is free than then, and only now and then while it needs more than is free by what was
+    known of its prefix then (the prefix may have grown meanwhile, if another request has it).
+    """
+
+    request: Request | None = None
+    num_free: int = 0
+    needed: int = 0
+    step_id: int = 0
+
+    def still(self, request: Request, num_free: int, owed: int, step_id: int) -> bool:
+        """True if `request` would be refused again, as far as can be told without a look."""
+        if request is not self.request:
+            return False
+        if num_free <= self.num_free:
+            return True
+        return self.needed + owed > num_free and step_id - self.step_id < STEPS_BETWEEN_LOOKS
+
+
 class Scheduler:
     """The brain's one entry: add, abort, schedule, update.
 
@@ -102,7 +128,7 @@ class Scheduler:
         self._freed_slots: list[int] = []  # to be told to the device
         self._rebuild: set[Request] = set()  # their slots must be sent anew
         self._step_id = 0
-        self._refused: tuple[Request | None, int] = (None, 0)  # the head of the queue, blocks free then
+        self._refused = _Refused()
 
     # ------------------------------------------------------------------ requests
 
@@ -211,15 +237,15 @@ class Scheduler:
                 continue
             if request.num_inflight_steps:
                 return  # preempted a moment ago: its unread tokens come first
-            # It needs more than was free when it was refused: looking its prefix up again, which takes
-            # longer the longer it is, would not change that.
-            if request is self._refused[0] and self.running and self.kv.pool.num_free <= self._refused[1]:
+            num_free = self.kv.pool.num_free
+            if self.running and self._refused.still(request, num_free, owed, self._step_id):
                 return
             prefix = self.kv.find_prefix(request)
             missing = self.kv.blocks_for(request.num_tokens) - len(prefix)
             spare = self.config.watermark_blocks if self.running else 0
-            if missing + owed + spare > self.kv.num_free_after(prefix):
-                self._refused = (request, self.kv.pool.num_free)
+            needed = missing + spare + num_free - self.kv.num_free_after(prefix)
+            if needed + owed > num_free:
+                self._refused = _Refused(request, num_free, needed, self._step_id)
                 return
             heapq.heappop(self._waiting)
             self._enter(request, prefix)

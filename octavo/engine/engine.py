@@ -52,6 +52,7 @@ class EngineInfo:
     seed: int
     enable_prefix_caching: bool
     speculates: bool = False
+    reads_predictions: bool = True  # some drafter follows SamplingParams(prediction=…)
     synthetic_acceptance: bool = False  # drafts are accepted by coins: the text means nothing
 
 
@@ -469,6 +470,12 @@ class Engine:
             raise RequestError(
                 "prediction needs speculative decoding; start the engine with "
                 "speculative={'method': 'predicted'} (or 'prompt_lookup')",
+                "prediction",
+            )
+        if not self.info.reads_predictions:
+            raise RequestError(
+                "this engine's draft model cannot follow a prediction; start the engine with "
+                "speculative={'method': 'hybrid', …}, which can, or leave the prediction out",
                 "prediction",
             )
         prediction = params.prediction

@@ -28,10 +28,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from octavo import hub
 from octavo.config import EngineArgs
 from octavo.engine import wire
 from octavo.errors import OctavoError, RequestError
 from octavo.outputs import RequestOutput, join_deltas
+from octavo.platform import prepare_environment
 from octavo.platform.process import die_with_parent, name_process
 from octavo.sampling_params import SamplingParams
 
@@ -229,9 +231,11 @@ class EngineProcess:
     def run(self, reader: FrameSource) -> None:
         """Build, then serve until told to end. Raises what ends it."""
         threading.Thread(target=self._read, args=(reader,), name="octavo-reader", daemon=True).start()
-        self.outbox.post(wire.Loading("starting", None))
         args = EngineArgs.from_kwargs(**self._start.engine_args)
-        from octavo.engine.setup import build_engine  # imports torch
+        prepare_environment()
+        self.outbox.post(wire.Loading("looking for the model", None))
+        hub.resolve(args.model, trust_remote_code=args.trust_remote_code)  # if it is missing: before torch
+        from octavo.engine.setup import build_engine
 
         parts = build_engine(args, progress=lambda stage, part: self.outbox.post(wire.Loading(stage, part)))
         self._engine = parts.engine

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo import hub, platform
 from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig, SpeculativeConfig
@@ -34,6 +34,9 @@ from octavo.sampling_params import SamplingParams
 from octavo.speculation.suffix import SuffixGuesser, make_history
 from octavo.worker.kv_cache import MemoryPlan
 
+if TYPE_CHECKING:
+    from octavo.worker.model_runner import ModelRunner
+
 logger = logging.getLogger("octavo")
 
 LoadObserver = Callable[[str, "float | None"], None]
@@ -47,6 +50,7 @@ class EngineParts:
     config: EngineConfig
     plan: MemoryPlan
     notes: tuple[str, ...] = ()  # what a user should know: slow paths taken, and why
+    row_invariant: bool = False  # a row's bits do not depend on the other rows of its step
     _closed: bool = False
     _templates: dict[str | None, ChatTemplate] = field(default_factory=dict)  # compiled ones
 
@@ -154,8 +158,6 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     from octavo.worker.build import (
         build_runner,
         choose_kernels,
-        measure_draft_costs,
-        measure_step_costs,
         plan_worker,
         start_executor,
     )
@@ -184,6 +186,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         seed=args.seed,
         enable_prefix_caching=args.enable_prefix_caching and not synthetic,
         speculates=config.speculative is not None,
+        reads_predictions=config.speculative is None or config.speculative.has_lookup,
         synthetic_acceptance=synthetic,
     )
     scheduler_config = SchedulerConfig(
@@ -200,19 +203,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     planner = draft_kv = None
     speculative = config.speculative
     if speculative is not None:
-        draft_costs = measure_draft_costs(runner, memory)
-        budget = DraftBudget(
-            CostModel(*measure_step_costs(runner, memory)),
-            None if draft_costs is None else CostModel(*draft_costs),
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            reserves_rows=config.pipeline_depth > 0,
-        )
-        planner = BudgetPlanner(
-            budget,
-            speculative.method if speculative.has_lookup else None,
-            model="draft_model" if config.draft is not None else None,
-            fixed=speculative.num_speculative_tokens,
-        )
+        planner = make_planner(config, speculative, runner, memory)
     if config.draft is not None and speculative is not None:
         draft_kv = DraftKV(
             memory.num_draft_blocks,
@@ -240,7 +231,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         )
     for note in notes:
         logger.warning(note)
-    return EngineParts(engine, config, memory, notes)
+    return EngineParts(engine, config, memory, notes, kernels.row_invariant)
 
 
 def _check_generation_defaults(defaults: Mapping[str, Any], model_path: Path) -> None:
@@ -250,6 +241,29 @@ def _check_generation_defaults(defaults: Mapping[str, Any], model_path: Path) ->
     except ConfigError as error:
         file = model_path / "generation_config.json"
         raise CheckpointError(f"{file}: {error.__cause__}; correct the file, or delete it") from error
+
+
+def make_planner(
+    config: EngineConfig, speculative: SpeculativeConfig, runner: ModelRunner, memory: MemoryPlan
+) -> BudgetPlanner:
+    """The draft budget, which has seen no drafts yet, over costs that are measured now."""
+    from octavo.worker.build import measure_draft_costs, measure_step_costs
+    from octavo.worker.draft_build import catch_up_rows
+
+    draft_costs = measure_draft_costs(runner, memory)
+    budget = DraftBudget(
+        CostModel(*measure_step_costs(runner, memory)),
+        None if draft_costs is None else CostModel(*draft_costs),
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        reserves_rows=config.pipeline_depth > 0,
+        catch_up_rows=catch_up_rows(config),
+    )
+    return BudgetPlanner(
+        budget,
+        speculative.method if speculative.has_lookup else None,
+        model="draft_model" if config.draft is not None else None,
+        fixed=speculative.num_speculative_tokens,
+    )
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -16,6 +16,7 @@ from octavo.attention.backend import AttentionBackend, ForwardContext
 from octavo.errors import ConfigError
 from octavo.kernels.cpu import linear as panels
 from octavo.kernels.cpu import norm, onednn
+from octavo.kernels.cpu.arena import WeightArena
 from octavo.kernels.cpu.choose import Choice, choose
 from octavo.kernels.cpu.decoder import DecoderLayer, DecoderSpec, FusedDecoder
 from octavo.kernels.cpu.library import CpuLibrary
@@ -50,6 +51,7 @@ class CpuOps:
             raise ConfigError(f"the CPU kernels compute in float32 and bfloat16, not in {dtype}")
         self._dtype = dtype
         self._library = library
+        self._arena = WeightArena()
 
     def pack(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, use: PackUse = "matrix"
@@ -67,8 +69,8 @@ class CpuOps:
 
     def _panels(self, weight: torch.Tensor, use: PackUse) -> panels.PackedLinear:
         if use == "gate_up":
-            return panels.pack_gate_up(weight, self._library)
-        return panels.pack(weight, self._library)
+            return panels.pack_gate_up(weight, self._library, self._arena)
+        return panels.pack(weight, self._library, self._arena)
 
     def pack_norm(self, weight: torch.Tensor) -> torch.Tensor:
         """float32"""

@@ -206,9 +206,14 @@ class SamplingBatch:
 
     def take(self, rows: torch.Tensor) -> SamplingBatch:
         """The columns of some rows [n] int64 (on the host), without what changes logits."""
-        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position)
-        taken = [column[rows.to(column.device, non_blocking=True)] for column in columns]
-        return SamplingBatch(*taken, all_greedy=self.all_greedy)
+
+        def take(column: torch.Tensor) -> torch.Tensor:
+            return column[rows.to(column.device, non_blocking=True)]
+
+        return SamplingBatch(
+            take(self.temperature), take(self.top_k), take(self.top_p), take(self.min_p), take(self.seed),
+            take(self.position), all_greedy=self.all_greedy,
+        )  # fmt: skip
 
     @property
     def changes_logits(self) -> bool:

@@ -94,7 +94,8 @@ def exponentials(words: torch.Tensor) -> torch.Tensor:
 def uniforms(seed: int | torch.Tensor, positions: torch.Tensor, stream: Stream) -> torch.Tensor:
     """One number a position, float32 of the same shape as positions [n] int64, never 0 and never 1.
 
-    seed: of all of them, or int64 [n]. The upper 23 bits of the word of token 0, and a half: exact in float32, and the same everywhere.
+    seed: of all of them, or int64 [n]. What a number is made of: the upper 23 bits of the word of token
+    0, and a half. So it is exact in float32, and the same everywhere.
     """
     zeros = torch.zeros_like(positions)
     counter = (zeros, positions & _MASK32, torch.full_like(positions, int(stream)), zeros)

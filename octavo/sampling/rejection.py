@@ -75,9 +75,8 @@ def probabilities(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     weights = ((logits - best) / temperature).exp_()
     filters = (batch.top_k > 0) | (batch.top_p < 1.0) | (batch.min_p > 0.0)
     if bool(filters.any()):
-        top_k, top_p, min_p = (
-            column.to(device, non_blocking=True)[:, None] for column in (batch.top_k, batch.top_p, batch.min_p)
-        )
+        columns = (batch.top_k, batch.top_p, batch.min_p)
+        top_k, top_p, min_p = (column.to(device, non_blocking=True)[:, None] for column in columns)
         order = logits.sort(dim=1, descending=True, stable=True).indices  # equal logits: lowest id first
         ordered = weights.gather(1, order)
         place = torch.arange(logits.shape[1], device=device)

@@ -8,6 +8,7 @@ a key or a query string.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import re
@@ -72,13 +73,20 @@ class LineWriter:
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
-        while (line := self._lines.get()) is not None:
+        while True:
+            line = self._lines.get()
             try:
-                self._stream.write(line + "\n")
-                if self._lines.empty():
+                if line is not None:
+                    self._stream.write(line + "\n")
+                if line is None or self._lines.empty():
                     self._stream.flush()
             except (OSError, ValueError):  # the disk is full, or the reader of our pipe is gone
                 self._metrics.dropped_log_lines += 1
+            if line is None:
+                break
+        if self._stream is not sys.stdout:
+            with contextlib.suppress(OSError):
+                self._stream.close()
 
 
 class AccessLog:

@@ -183,16 +183,17 @@ class BaseEngineClient(ABC):
         timer = self._start_timer(request)
         record = CURRENT_RECORD.get()
         account = _Account(self.metrics, record, request)
-        last: RequestOutput | None = None
         error: BaseException | None = None
         try:
             self._submit(request)
-            while last is None:
+            is_last = False
+            while not is_last:
                 output = await stream.take()
                 account.note(output)
-                if output.finished:
-                    last = output
-                    self._forget(key, num_sequences)  # before the reader does anything slow with it
+                if output.finished:  # all is done before the reader, who may never come back, has it
+                    is_last = True
+                    self._forget(key, num_sequences)
+                    account.close(output, None)
                 yield output
         except (GeneratorExit, asyncio.CancelledError):
             raise
@@ -202,9 +203,10 @@ class BaseEngineClient(ABC):
         finally:
             if timer is not None:
                 timer.cancel()
-            if self._forget(key, num_sequences) and not self._is_ended:
-                self._cancel(key)
-            account.close(last, error)
+            if self._forget(key, num_sequences):
+                if not self._is_ended:
+                    self._cancel(key)
+                account.close(None, error)
 
     def _let_in(self, num_sequences: int) -> None:
         """Raise if no request is taken now, or not this many sequences more."""
@@ -234,8 +236,11 @@ class BaseEngineClient(ABC):
         limit = self._limits.request_timeout
         if not limit:
             return None
-        remaining = max(0.0, request.arrival_time + limit - time.monotonic())
+        remaining = request.arrival_time + limit - time.monotonic()
         error = RequestTimeoutError(f"the request took longer than the {limit:g} s this server allows")
+        if remaining <= 0:
+            request.stream.fail(error)
+            return None
         return self._loop.call_later(remaining, request.stream.fail, error)
 
     def _forget(self, key: int, num_sequences: int) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI
@@ -24,8 +23,6 @@ from octavo.errors import (
     RequestTimeoutError,
 )
 
-logger = logging.getLogger("octavo")
-
 _MAX_INPUT_SHOWN = 80
 
 
@@ -35,6 +32,10 @@ class ModelUnknownError(OctavoError):
     def __init__(self, name: str, served: Sequence[str]) -> None:
         shown = name if len(name) <= _MAX_INPUT_SHOWN else name[:_MAX_INPUT_SHOWN] + "…"
         super().__init__(f"the model {shown!r} is not served here; there is: {', '.join(served)}")
+
+
+class AnswerFailedError(OctavoError):
+    """An answer that had begun could not be finished; the message says why."""
 
 
 class ErrorObject(BaseModel):
@@ -60,7 +61,7 @@ class HttpError(NamedTuple):
     message: str
     param: str | None = None
     code: str | None = None
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] | None = None
 
     def object(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -69,7 +70,7 @@ class HttpError(NamedTuple):
     def response(self) -> Response:
         """The whole answer."""
         body = json.dumps({"error": self.object()}).encode()
-        return Response(body, self.status, dict(self.headers), media_type="application/json")
+        return Response(body, self.status, dict(self.headers or {}), media_type="application/json")
 
 
 def http_error(error: BaseException) -> HttpError:
@@ -85,16 +86,20 @@ def http_error(error: BaseException) -> HttpError:
         later = {"Retry-After": str(error.retry_after)}
         if isinstance(error, QueueFullError):
             return HttpError(429, "rate_limit_error", message, None, "rate_limit_exceeded", later)
-        return HttpError(503, "service_unavailable_error", message, None, "unavailable", later)
+        return HttpError(503, "service_unavailable", message, None, "unavailable", later)
     if isinstance(error, RequestTimeoutError):
         return HttpError(504, "timeout_error", message, None, "timeout")
+    if isinstance(error, AnswerFailedError):
+        return HttpError(500, "server_error", message, None, "answer_failed")
     if isinstance(error, EngineDeadError):
         return HttpError(500, "server_error", message, None, "engine_dead")
     if isinstance(error, HTTPException):
         return _of_http_exception(error)
     if isinstance(error, RequestValidationError):
         return _of_validation(error)
-    return HttpError(500, "server_error", "the server failed on this request; its log says why", None, "internal")
+    return HttpError(
+        500, "server_error", "the server failed on this request; its log says why", None, "internal"
+    )
 
 
 def _of_http_exception(error: HTTPException) -> HttpError:
@@ -109,29 +114,36 @@ def _of_http_exception(error: HTTPException) -> HttpError:
 
 
 def _of_validation(error: RequestValidationError) -> HttpError:
-    """The first thing that is wrong with a body, in one line."""
+    """What is wrong with a body, in one line: the first of its fields that cannot be read."""
     problems = error.errors()
-    first = problems[0] if problems else {"loc": (), "msg": "the body cannot be read", "type": ""}
-    where = [part for part in first["loc"] if part != "body"]
+    first = problems[0] if problems else {"loc": ("body",), "msg": "it cannot be read", "type": ""}
     if first["type"] == "json_invalid":
         return HttpError(400, "invalid_request_error", f"the body is not JSON: {_reason(first)}")
-    if not where:
+    name = next((part for part in first["loc"] if part != "body"), None)
+    if not isinstance(name, str):
         message = "the body must be a JSON object, sent as Content-Type: application/json"
         return HttpError(400, "invalid_request_error", message)
-    # A field of several types reports one problem for each; their names in `loc` are pydantic's.
-    field = str(where[0])
-    path = field
-    for part in where[1:]:
+    # A field that may be of several types has a problem with each of them.
+    mine = [problem for problem in problems if name in problem["loc"][:2]]
+    reasons = dict.fromkeys(f"{_path(problem['loc'])}: {problem['msg']}" for problem in mine)
+    shown = _printable(" / ".join(list(reasons)[:_MAX_REASONS]), _MAX_MESSAGE)
+    return HttpError(400, "invalid_request_error", shown, _printable(name, _MAX_INPUT_SHOWN))
+
+
+def _path(loc: Sequence[Any]) -> str:
+    """Where in the body, in the words of JSON; names that pydantic gives to types are left out."""
+    path = ""
+    for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier() and part not in _PYDANTIC_NAMES and not part[0].isupper():
-            path += f".{part}"
-    several = {tuple(problem["loc"])[:2] for problem in problems}
-    reason = first["msg"] if len(several) == 1 else f"{first['msg']} (in one reading of {len(problems)})"
-    return HttpError(400, "invalid_request_error", f"{_printable(path)}: {reason}", _printable(path))
+        elif part.isidentifier() and part not in _TYPE_NAMES and not part[0].isupper():
+            path += f".{part}" if path else part
+    return path
 
 
-_PYDANTIC_NAMES = frozenset({"str", "int", "float", "bool", "dict", "list", "constrained-str", "nullable"})
+_TYPE_NAMES = frozenset({"body", "str", "int", "float", "bool", "dict", "list", "nullable"})
+_MAX_REASONS = 4
+_MAX_MESSAGE = 500
 
 
 def _reason(problem: Any) -> str:
@@ -139,18 +151,18 @@ def _reason(problem: Any) -> str:
     return str(context.get("error", problem["msg"])) if isinstance(context, dict) else str(problem["msg"])
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_INPUT_SHOWN])
+def _printable(text: str, limit: int) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make every error of an application answer in this form, those nobody thought of included."""
+    """Make every error of an application answer in this form, those nobody thought of included.
+
+    The latter are raised again once they are answered, so that whoever runs the application logs them.
+    """
 
     async def answer(request: Request, error: Exception) -> Response:
-        found = http_error(error)
-        if found.code == "internal":
-            logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return found.response()
+        return http_error(error).response()
 
     for kind in (OctavoError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, answer)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import BusyError, EngineDeadError, RequestError
+from octavo.errors import RequestError
 from octavo.server.answer.tool_formats import ToolFormat, format_named, format_of_template
 from octavo.server.engine_client import EngineClient, EngineClientInfo
 from octavo.server.errors import ModelUnknownError
 from octavo.server.settings import ServeSettings
-
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ class ServedModel:
         return cls.of(info, settings, tokenizer)
 
     @classmethod
-    def of(
-        cls, info: EngineClientInfo, settings: ServeSettings, tokenizer: Tokenizer | None
-    ) -> ServedModel:
+    def of(cls, info: EngineClientInfo, settings: ServeSettings, tokenizer: Tokenizer | None) -> ServedModel:
         """As `load`, around a tokenizer that is there already."""
         template = None
         if tokenizer is not None:
@@ -68,24 +65,16 @@ class ServedModel:
         return "tools" in self.template_text
 
 
-@dataclass
+@dataclass(frozen=True)
 class ServerState:
     """Everything a route needs; one for each application, at `app.state.octavo`."""
 
     client: EngineClient
     settings: ServeSettings
-    served: ServedModel | None = None  # set once the model is loaded
+    served: ServedModel
 
-    def model(self, name: str | None = None) -> ServedModel:
-        """The model that serves requests for `name`, None being the only one.
-
-        Raises BusyError while it is loading, EngineDeadError after the engine's end, ModelUnknownError
-        for another name.
-        """
-        if self.served is None:
-            if not self.client.is_alive:
-                raise EngineDeadError("the engine has stopped")
-            raise BusyError(f"the model is still loading ({self.client.progress.stage})", retry_after=5)
+    def model(self, name: str | None) -> ServedModel:
+        """The model that serves requests for `name`; None is the only one. Raises ModelUnknownError."""
         if name is not None and name not in self.served.info.served_model_names:
             raise ModelUnknownError(name, self.served.info.served_model_names)
         return self.served

@@ -83,7 +83,9 @@ def read_tools(
 ) -> ToolUse:
     """Check tools and tool_choice against one another and the bounds. Raises RequestError."""
     if len(tools or ()) > settings.max_tools:
-        raise RequestError(f"{len(tools or ())} tools are more than the {settings.max_tools} allowed", "tools")
+        raise RequestError(
+            f"{len(tools or ())} tools are more than the {settings.max_tools} allowed", "tools"
+        )
     functions = [_function(tool, f"tools[{index}]", settings) for index, tool in enumerate(tools or ())]
     names = [function["name"] for function in functions]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -112,7 +114,7 @@ def read_tools(
         if mode in ("required", "named"):
             raise RequestError(f"tool_choice {mode!r} needs tools", "tool_choice")
         return ToolUse()
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if strict and mode == "auto":
         warnings = ("tools.function.strict: enforced with tool_choice required or a named function only",)
     return ToolUse(tuple(functions), mode, name, parallel is not False, warnings)
@@ -137,7 +139,9 @@ def _allowed_name(tool: dict[str, Any]) -> str:
 def _check_known(wanted: list[str], names: list[str]) -> None:
     for name in wanted:
         if name not in names:
-            raise RequestError(f"tool_choice names {json.dumps(name)}, which is not among tools", "tool_choice")
+            raise RequestError(
+                f"tool_choice names {json.dumps(name)}, which is not among tools", "tool_choice"
+            )
 
 
 def _parameters(function: dict[str, Any]) -> dict[str, Any]:

@@ -127,8 +127,8 @@ class SyntheticAcceptance:
         tokens = self._tables.tokens
         device = tokens.device
         slots = torch.from_numpy(rows.slots).to(device, non_blocking=True)
-        rates = self._rates[np.minimum(rows.columns, len(self._rates) - 1)]
-        accepted = self._coins.at(slots, rows.positions) < torch.from_numpy(rates).to(device, non_blocking=True)
+        rates = torch.from_numpy(self._rates[np.minimum(rows.columns, len(self._rates) - 1)])
+        accepted = self._coins.at(slots, rows.positions) < rates.to(device, non_blocking=True)
         at = rows.positions.clamp(min=0)
         drafts = torch.where(accepted, drawn, _NEVER_DRAWN).to(torch.int32)
         tokens[slots, at] = torch.where(rows.drafts >= 0, drafts, tokens[slots, at])

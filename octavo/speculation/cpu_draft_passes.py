@@ -1,8 +1,7 @@
-"""`TorchDraftPasses` for a CPU: exact rows, and the C kernels of a step around each pass.
+"""`TorchDraftPasses` for a CPU: the host can look, so no row is computed in vain.
 
-To those kernels the draft model's pass is a step of chunks: the rows of a slot follow its count of
-computed tokens, and the token that a chunk draws at its end is written behind the known ones. Only the
-columns are the draft model's own, so that the target's counters stay where they are.
+All of it is arithmetic on a few numbers a slot, which numpy does in a tenth of torch's time. The
+columns are views of the tensors that others read and write.
 """
 
 from __future__ import annotations
@@ -10,53 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.attention.backend import AttentionMetadata
-from octavo.core.messages import DraftGroup, DraftRows, RowKind
-from octavo.kernels.cpu import step as kernels
+from octavo.core.messages import DraftGroup, DraftRows
 from octavo.speculation.draft_passes import BlockTables, IntArray, PassInputs
 from octavo.speculation.proposer import DraftTables as SlotTables
 
-_NO_LIMIT = 1 << 40
-
 
 class CpuDraftPasses:
-    """See DraftPasses. Raises CpuLibraryError if the kernels were not built."""
+    """See DraftPasses."""
 
     masks_rows = False
 
     def __init__(self, slots: SlotTables, block_size: int) -> None:
         num_slots, width = slots.tokens.shape
         self._blocks = BlockTables(num_slots, -(-width // block_size), block_size, slots.tokens.device)
-
-        def column() -> torch.Tensor:
-            return torch.zeros(num_slots, dtype=torch.int64)
-
-        length, num_computed, unused = column(), column(), column()
-        ended = torch.zeros(num_slots, dtype=torch.bool)
+        self._block_table = self._blocks.table.numpy()
         self._from_model = torch.zeros(num_slots, dtype=torch.bool)
-        self._tables = kernels.SlotTables(
-            slots.tokens,
-            length,
-            num_computed,
-            unused,
-            torch.full((num_slots,), _NO_LIMIT),
-            ended,
-            torch.full((num_slots, 1), -1),  # what is drawn where no token is legal: it ends the slot's round
-            self._blocks.table,
-            block_size,
-        )
-        # The same memory for numpy, which looks at a few numbers in a tenth of the time.
-        self._length, self._num_computed = length.numpy(), num_computed.numpy()
-        self._ended = ended.numpy()
         self._is_from_model = self._from_model.numpy()
+        self._num_computed = np.zeros(num_slots, dtype=np.int64)
+        self._tokens = slots.tokens.numpy()
         self._num_tokens, self._num_drafts = slots.num_tokens.numpy(), slots.num_drafts.numpy()
         self._limit, self._finished = slots.limit.numpy(), slots.finished.numpy()
-        self._wanted = np.empty((0, 2), dtype=np.int64)  # [drafting slots, 2]: slot, number of drafts
+        self._slots = self._wanted = np.empty(0, dtype=np.int64)  # of the drafting slots, and their drafts
         self._depth = 0
-        self._rows = torch.empty(0, 4, dtype=torch.int64)  # of the pass, as the kernels take them
-        self._num_valid = torch.empty(0, dtype=torch.int64)
+        self._max_blocks = 1
 
     @property
     def from_model(self) -> torch.Tensor:
@@ -76,68 +55,87 @@ class CpuDraftPasses:
 
     def first(self, rows: Sequence[DraftRows]) -> PassInputs | None:
         """See DraftPasses."""
-        slots, catch_up, counts = np.array(rows, dtype=np.int64).reshape(-1, 3).T
-        known = self._num_tokens[slots]
-        behind = known - self._num_computed[slots]
-        drafts = (counts > 0) & ~self._finished[slots] & (self._num_drafts[slots] == 0)
-        drafts &= behind <= catch_up + 2
-        valid = np.where(drafts, behind, np.minimum(catch_up, behind - 1))
+        slots, catch_up, counts = np.array(rows, dtype=np.int64).T
+        known, start = self._num_tokens[slots], self._num_computed[slots]
+        behind = known - start
+        drafts = (counts > 0) & (behind <= catch_up + 2)
+        drafts &= ~self._finished[slots] & (self._num_drafts[slots] == 0)
+        num_rows = np.where(drafts, behind, np.minimum(catch_up, behind - 1))
         self._depth = 0
-        chosen = slots[drafts]
-        room = np.maximum(self._limit[chosen] - known[drafts], 1)
-        self._wanted = np.stack((chosen, np.minimum(counts[drafts], room)), axis=1)
-        self._length[chosen] = known[drafts]
-        self._ended[slots] = False
-        some = valid > 0
-        return self._inputs(slots[some], valid[some], drafts[some])
+        self._slots = slots[drafts]
+        room = np.maximum(self._limit[self._slots] - known[drafts], 1)
+        self._wanted = np.minimum(counts[drafts], room)
+        self._max_blocks = max(self._blocks.filled[slot] for slot in slots.tolist())
+        if not num_rows.all():
+            some = num_rows > 0
+            slots, start, num_rows, drafts = slots[some], start[some], num_rows[some], drafts[some]
+            if not len(slots):
+                return None
+        self._num_computed[slots] += num_rows
+        return self._inputs(slots, start, num_rows, drafts)
 
     def next(self) -> PassInputs | None:
         """See DraftPasses."""
         self._depth += 1
-        wanted = self._wanted
-        more = (wanted[:, 1] > self._depth) & ~self._ended[wanted[:, 0]]
+        more = self._wanted > self._depth
         if not more.all():
-            self._wanted = wanted = wanted[more]
-        slots = wanted[:, 0]
-        return self._inputs(slots, np.ones(len(slots), dtype=np.int64), np.ones(len(slots), dtype=np.bool_))
+            self._slots, self._wanted = self._slots[more], self._wanted[more]
+        slots = self._slots
+        if not len(slots):
+            return None
+        start = self._num_computed[slots]
+        self._num_computed[slots] = start + 1
+        return self._inputs(slots, start, None, None)
 
     def draft(self, inputs: PassInputs, drawn: torch.Tensor | None) -> None:
         """See DraftPasses."""
-        count = len(inputs.logits_slots)
         if drawn is None:
-            drawn = torch.empty(0, dtype=torch.int64)
-        kernels.finish(self._tables, self._rows, self._num_valid, drawn, count, 1)
-        made = inputs.logits_slots[drawn.numpy() >= 0]
-        self._num_drafts[made] += 1
-        if self._depth == 0:
-            self._is_from_model[made] = True
+            return
+        slots, tokens = self._slots, drawn.numpy()
+        made = tokens >= 0
+        if not made.all():  # no token was legal there: the draft model has no more to say
+            self._slots, self._wanted = slots[made], self._wanted[made]
+            slots, tokens = self._slots, tokens[made]
+        self._tokens[slots, self._num_tokens[slots] + self._depth] = tokens
+        self._num_drafts[slots] = self._depth + 1
+        self._is_from_model[slots] = True
 
     def _inputs(
         self,
         slots: IntArray,  # [S]
-        num_rows: IntArray,  # [S], all of them valid
-        drafts: np.ndarray[tuple[int], np.dtype[np.bool_]],  # [S]
-    ) -> PassInputs | None:
-        if not len(slots):
-            return None
-        table = np.empty((len(slots), 4), dtype=np.int64)
-        table[:, 0], table[:, 1], table[:, 2], table[:, 3] = slots, num_rows, RowKind.CHUNK, drafts
-        self._rows = torch.from_numpy(table)
-        num_tokens = int(num_rows.sum())
-        max_blocks = max(self._blocks.filled[slot] for slot in slots.tolist())
-        step = kernels.prepare(self._tables, self._rows, num_tokens, int(drafts.sum()), max_blocks)
-        self._num_valid = step.num_valid
+        start: IntArray,  # [S] position of each slot's first row
+        num_rows: IntArray | None,  # [S]; None: one each
+        drafts: npt.NDArray[np.bool_] | None,  # [S] slots with a row of logits, their last; None: all
+    ) -> PassInputs:
+        block_size, count = self._blocks.block_size, len(slots)
+        slot, position = slots, start
+        ends = np.arange(1, count + 1) if num_rows is None else np.cumsum(num_rows)
+        starts = np.zeros(count + 1, dtype=np.int32)
+        starts[1:] = ends
+        seq_lens = start + 1 if num_rows is None else start + num_rows
+        if num_rows is not None:
+            slot = np.repeat(slots, num_rows)
+            position = np.arange(ends[-1]) + np.repeat(start + num_rows - ends, num_rows)
+        block, offset = np.divmod(position, block_size)
+        mapping = self._block_table[slot, block].astype(np.int64) * block_size + offset
+        longest = 1 if num_rows is None else int(num_rows.max())
         metadata = AttentionMetadata(
-            query_start_loc=step.query_start_loc,
-            seq_lens=step.seq_lens,
-            block_table=step.block_table,
-            slot_mapping=step.slot_mapping,
-            positions=step.positions,
-            num_reqs=len(slots),
-            num_tokens=num_tokens,
-            max_query_len=int(num_rows.max()),
-            max_seq_len=max_blocks * self._blocks.block_size,
+            query_start_loc=torch.from_numpy(starts),
+            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+            block_table=torch.from_numpy(self._block_table[slots, : self._max_blocks]),
+            slot_mapping=torch.from_numpy(mapping),
+            positions=torch.from_numpy(position),
+            num_reqs=count,
+            num_tokens=len(position),
+            max_query_len=longest,
+            max_seq_len=self._max_blocks * block_size,
         )
+        if drafts is not None and not drafts.all():
+            ends, seq_lens, slots = ends[drafts], seq_lens[drafts], slots[drafts]
         return PassInputs(
-            step.input_ids, metadata, step.logits_rows, step.logits_slots.numpy(), step.draw_positions
+            input_ids=torch.from_numpy(self._tokens[slot, position].astype(np.int64)),
+            metadata=metadata,
+            logits_rows=torch.from_numpy(ends - 1),
+            logits_slots=slots,
+            draw_positions=torch.from_numpy(seq_lens),
         )

@@ -16,10 +16,13 @@ from octavo.speculation.lookup import MAX_MATCH, MIN_MATCH
 class GpuLookup:
     """See Proposer. `tables` are the device tables as kernels see them."""
 
-    def __init__(self, tables: SlotTables, *, prompt: bool = True) -> None:
+    def __init__(
+        self, tables: SlotTables, *, prompt: bool = True, min_match: int = MIN_MATCH
+    ) -> None:
         self.name = "prompt_lookup" if prompt else "predicted"
         self._tables = tables
         self._prompt = prompt
+        self._min_match = min_match
         slots, device = len(tables.tokens), tables.tokens.device
         self._best = torch.zeros(slots, dtype=torch.int64, device=device)
         self._arrived = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -52,7 +55,7 @@ class GpuLookup:
         predicted = np.array([slot in self._has_prediction for slot in slots], dtype=np.bool_)
         if predicted.any():
             kernels.predicted_lookup(
-                self._tables, self._send(pairs[predicted]), self._predicted, self._follows, MIN_MATCH
+                self._tables, self._send(pairs[predicted]), self._predicted, self._follows, self._min_match
             )
         own = pairs[~predicted]
         if len(own):
@@ -61,7 +64,7 @@ class GpuLookup:
                 own[:, 1] = 0
                 longest = 0
             kernels.prompt_lookup(
-                self._tables, self._send(own), self._best, self._arrived, longest, MIN_MATCH, MAX_MATCH
+                self._tables, self._send(own), self._best, self._arrived, longest, self._min_match, MAX_MATCH
             )
 
     def _send(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> torch.Tensor:

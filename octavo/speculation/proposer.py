@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
-from octavo.core.messages import Continuation, NewSlot
+from octavo.core.messages import NewSlot
 from octavo.errors import ConfigError
 
 
@@ -45,15 +45,6 @@ class Proposer(Protocol):
 
         Never beyond the request's limit, and nothing for a finished slot.
         """
-        ...
-
-
-@runtime_checkable
-class TakesContinuations(Protocol):
-    """A drafter that listens to what the host proposes."""
-
-    def continue_with(self, continuations: Sequence[Continuation]) -> None:
-        """New continuations, before the drafts of this step are made."""
         ...
 
 

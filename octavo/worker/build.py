@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from octavo.attention.backend import AttentionBackend, AttentionSpec
+from octavo.attention.backend import AttentionBackend
 from octavo.attention.cpu import CpuBackend
 from octavo.attention.torch_backend import TorchBackend
 from octavo.config import EngineConfig, parse_size
@@ -17,11 +17,11 @@ from octavo.layers.ops import Kernels, TorchOps
 from octavo.models.cpu_ops import choose_ops
 from octavo.models.registry import build_model
 from octavo.models.weights import Progress, load_weights
-from octavo.sampling.cpu_draw import CpuDraw
-from octavo.sampling.sampler import DrawKernels, Sampler, TorchDraw
 from octavo.sampling.batch import SamplingSlots
 from octavo.sampling.coins import CoinTable
+from octavo.sampling.cpu_draw import CpuDraw
 from octavo.sampling.noise import Stream
+from octavo.sampling.sampler import DrawKernels, Sampler, TorchDraw
 from octavo.speculation.acceptance import Acceptance, RejectionAcceptance, SyntheticAcceptance
 from octavo.speculation.continued import ContinuedProposer
 from octavo.speculation.cpu_lookup import CpuLookup
@@ -52,6 +52,7 @@ from octavo.worker.kv_cache import (
 )
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.step_math import StepMath, TorchStep
+from octavo.worker.warm_up import warm_up
 
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "torch")
 
@@ -65,6 +66,8 @@ class KernelChoice:
     draw: DrawKernels
     steps: Callable[[DeviceState], StepMath] | None  # None: octavo.worker.gpu_build makes them
     notes: tuple[str, ...] = ()
+    # A row has the same bits whatever other rows a step has: texts are then equal, not just alike.
+    row_invariant: bool = False
 
 
 def choose_kernels(config: EngineConfig) -> KernelChoice:
@@ -85,7 +88,9 @@ def choose_kernels(config: EngineConfig) -> KernelChoice:
         raise ConfigError(f"attention backend 'triton' cannot be used: {reason}")
     if on_gpu and wanted in ("auto", "triton") and reason is None:
         chosen = gpu_kernels(config)
-        return KernelChoice(chosen.ops, chosen.backend, chosen.draw, None)
+        return KernelChoice(
+            chosen.ops, chosen.backend, chosen.draw, None, row_invariant=config.args.deterministic
+        )
     if on_gpu or wanted == "torch":
         if wanted == "cpu":
             raise ConfigError("attention backend 'cpu' runs on a CPU only; here: auto, triton or torch")
@@ -103,7 +108,13 @@ def choose_kernels(config: EngineConfig) -> KernelChoice:
             raise ConfigError(f"attention backend 'cpu' is not available: {choice.reason}")
         return replace(reference, notes=(choice.reason,))
     set_num_threads(config.platform.threads)
-    return KernelChoice(ops, CpuBackend(choice.library), CpuDraw(choice.library), CpuStep)
+    return KernelChoice(
+        ops,
+        CpuBackend(choice.library),
+        CpuDraw(choice.library),
+        CpuStep,
+        row_invariant=choice.name == "octavo",
+    )
 
 
 def plan_worker(config: EngineConfig, kernels: KernelChoice) -> MemoryPlan:
@@ -161,14 +172,19 @@ def measure_step_costs(runner: ModelRunner, plan: MemoryPlan) -> tuple[list[tupl
     rate at which one row reads the weights; the budget corrects both by what it sees.
     """
     table = []
-    for rows, repeats in ((1, 3), (2, 2), (4, 2), (8, 2), (16, 2), (32, 1), (64, 1)):
+    sizes: tuple[tuple[int, int], ...] = ((1, 3), (2, 2), (4, 2), (8, 2), (16, 2), (32, 1), (64, 1))
+    if runner.state.device.type == "cuda":
+        sizes += tuple((rows, 1) for rows in (96, 128, 192, 256, 320, 384, 512))
+    for rows, repeats in sizes:
         table.append((rows, min(runner.time_rows(rows) for _ in range(repeats))))
     asked = plan.request
     bytes_per_second = asked.weights / table[0][1]
     return table, asked.block_bytes / asked.block_size / bytes_per_second
 
 
-def measure_draft_costs(runner: ModelRunner, plan: MemoryPlan) -> tuple[list[tuple[int, float]], float] | None:
+def measure_draft_costs(
+    runner: ModelRunner, plan: MemoryPlan
+) -> tuple[list[tuple[int, float]], float] | None:
     """The same of the draft model's passes; None if there is none."""
     model, draft = runner.draft_model, plan.request.draft
     if model is None or draft is None:
@@ -223,11 +239,18 @@ def build_runner(
             sampling,
             distributions if isinstance(acceptance, RejectionAcceptance) else None,
             with_kernels=isinstance(steps, CpuStep),
+            with_triton=kernels.steps is None,
         )
-    return ModelRunner(
+    runner = ModelRunner(
         model, caches, state, steps, sampler, proposer, acceptance=acceptance, graphs=graphs,
         sampling=sampling, draft_model=draft_model,
     )  # fmt: skip
+    if kernels.steps is None:
+        warm_up(
+            runner, sampler, max_step_rows=config.max_num_batched_tokens, block_size=config.args.block_size,
+            num_blocks=plan.num_blocks,
+        )  # fmt: skip
+    return runner
 
 
 def build_proposer(config: EngineConfig, state: DeviceState, steps: StepMath) -> Proposer | None:
@@ -251,7 +274,7 @@ def _build_lookup(
     if isinstance(steps, CpuStep):
         return CpuLookup(steps.tables, prompt=prompt, min_match=min_match)
     if state.device.type == "cuda" and not isinstance(steps, TorchStep):
-        return gpu_lookup(state, prompt=prompt)
+        return gpu_lookup(state, prompt=prompt, min_match=min_match)
     return PythonLookup(state, prompt=prompt, min_match=min_match)
 
 

@@ -217,6 +217,8 @@ class CudaGraphs:
         graph, hidden = self._graphs[key]
         if not self.buffers.holds(step):
             self.buffers.fill(input_ids, step, key.rows)
+        elif input_ids.data_ptr() != self.buffers.input_ids.data_ptr():  # they were changed since
+            self.buffers.input_ids[: step.num_tokens] = input_ids
         graph.replay()
         return hidden[: step.num_tokens]
 

@@ -6,6 +6,7 @@ import torch
 
 from octavo.attention.backend import AttentionBackend, AttentionSpec
 from octavo.config import EngineConfig
+from octavo.core.draft_limits import CATCH_UP_ROWS
 from octavo.layers.ops import Kernels
 from octavo.models.config import ModelConfig
 from octavo.models.registry import build_model
@@ -13,13 +14,23 @@ from octavo.models.weights import load_weights
 from octavo.sampling.batch import SamplingSlots
 from octavo.sampling.sampler import Sampler
 from octavo.speculation.cpu_draft_passes import CpuDraftPasses
-from octavo.speculation.draft_model import DraftModel
+from octavo.speculation.draft_model import DraftModel, DraftNetwork
 from octavo.speculation.draft_passes import DraftPasses, TorchDraftPasses
 from octavo.speculation.rejection import DraftDistributions
+from octavo.worker.gpu_build import gpu_draft_model
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.kv_cache import DraftMemory, MemoryPlan, allocate_kv_caches, kv_block_bytes
 
-_CATCH_UP_ROWS = 256  # in one pass, about
+# Rows in which the draft model catches up in one step. On a GPU 4096 of a small model take about as long
+# as a few decode steps of a large one, and a prompt that is caught up slowly goes without drafts longer.
+_GPU_CATCH_UP_ROWS = 4096
+
+
+def catch_up_rows(config: EngineConfig) -> int:
+    """The most rows of a step in which the draft model catches up."""
+    if config.platform.device == "cpu":
+        return CATCH_UP_ROWS
+    return min(_GPU_CATCH_UP_ROWS, config.max_num_batched_tokens)
 
 
 def attention_specs(model: ModelConfig) -> list[AttentionSpec]:
@@ -42,7 +53,7 @@ def draft_memory(config: EngineConfig, backend: AttentionBackend, dtype: torch.d
     if draft is None or speculative is None:
         return None
     model = draft.model
-    rows = _CATCH_UP_ROWS + 2 * config.max_num_seqs
+    rows = catch_up_rows(config) + 2 * config.max_num_seqs
     q_and_kv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = max(q_and_kv, 2 * model.intermediate_size) + 3 * model.hidden_size
     logits = config.max_num_seqs * max(model.vocab_size, config.model.vocab_size) * 4
@@ -72,8 +83,12 @@ def build_draft_model(
     distributions: DraftDistributions | None,
     *,
     with_kernels: bool,
+    with_triton: bool = False,
 ) -> DraftModel:
-    """The draft model, loaded, with its KV cache. `with_kernels`: the CPU's C kernels are there."""
+    """The draft model, loaded, with its KV cache.
+
+    `with_kernels`: the CPU's C kernels are there; `with_triton`: the GPU's are.
+    """
     draft, args = config.draft, config.args
     assert draft is not None
     device = state.device
@@ -84,11 +99,16 @@ def build_draft_model(
     caches = allocate_kv_caches(
         backend, model.attention_specs, plan.num_draft_blocks, args.block_size, dtype, device
     )
-    passes: DraftPasses = (
-        CpuDraftPasses(state, args.block_size) if with_kernels else TorchDraftPasses(state, args.block_size)
-    )
+    network: DraftNetwork = model
+    passes: DraftPasses
+    if with_triton:
+        network, passes = gpu_draft_model(config, model, caches, state)
+    elif with_kernels:
+        passes = CpuDraftPasses(state, args.block_size)
+    else:
+        passes = TorchDraftPasses(state, args.block_size)
     return DraftModel(
-        model,
+        network,
         caches,
         passes,
         state,

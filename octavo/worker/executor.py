@@ -56,26 +56,29 @@ class InlineExecutor:
     """Launches each step where it is called, and reads it in `collect`."""
 
     def __init__(self, runner: StepRunner) -> None:
-        self._runner = runner
+        self.runner: StepRunner | None = runner
         self._outputs: deque[Pending] = deque()
 
     def launch(self, out: SchedulerOutput) -> None:
         """See Executor."""
-        self._runner.forward(out)
+        assert self.runner is not None, "the executor was shut down"
+        self.runner.forward(out)
         if not out.needs_mask:
-            self._outputs.append(self._runner.sample())
+            self._outputs.append(self.runner.sample())
 
     def provide_masks(self, masks: GrammarMasks) -> None:
         """See Executor."""
-        self._outputs.append(self._runner.sample(masks))
+        assert self.runner is not None, "the executor was shut down"
+        self._outputs.append(self.runner.sample(masks))
 
     def collect(self) -> ModelOutput:
         """See Executor."""
         return self._outputs.popleft().read()
 
     def shutdown(self) -> None:
-        """See Executor."""
+        """See Executor. Lets go of the runner, and with it of the device's memory."""
         self._outputs.clear()
+        self.runner = None
 
 
 class ThreadExecutor:

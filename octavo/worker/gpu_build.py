@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.attention.backend import ForwardContext
+from octavo.attention.backend import AttentionMetadata, ForwardContext
 from octavo.attention.triton_backend import TritonBackend
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, InsufficientMemoryError
@@ -20,10 +21,14 @@ from octavo.layers.ops import Kernels
 from octavo.models.decoder import CausalLM
 from octavo.platform import gpu_memory
 from octavo.sampling.sampler import DrawKernels
+from octavo.speculation.lookup import MIN_MATCH
 from octavo.speculation.proposer import Proposer
-from octavo.worker.cuda_graph import CudaGraphs, GraphSizes, StepBuffers
+from octavo.worker.cuda_graph import CudaGraphs, Forward, GraphSizes, StepBuffers
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
-from octavo.worker.step_math import StepMath, TorchStep
+from octavo.worker.step_math import StepMath
+
+if TYPE_CHECKING:  # it imports Triton
+    from octavo.worker.gpu_draft_passes import GpuDraftPasses
 
 GRAPH_ROWS = 512  # steps of more rows hide their launches behind matrices
 DETERMINISTIC_ROWS = 128  # up to so many rows one family of kernels computes every row alike
@@ -69,8 +74,8 @@ def gpu_kernels(config: EngineConfig) -> GpuKernels:
         )
     if config.max_num_batched_tokens > DETERMINISTIC_ROWS:
         raise ConfigError(
-            f"deterministic=True on a GPU needs steps of at most {DETERMINISTIC_ROWS} rows, where every row is "
-            f"computed alike; set max_num_batched_tokens={DETERMINISTIC_ROWS} (not "
+            f"deterministic=True on a GPU needs steps of at most {DETERMINISTIC_ROWS} rows, where every row "
+            f"is computed alike; set max_num_batched_tokens={DETERMINISTIC_ROWS} (not "
             f"{config.max_num_batched_tokens}), or leave it open"
         )
     every = (torch.bfloat16, torch.float32)
@@ -120,22 +125,23 @@ def graph_sizes_of(config: EngineConfig) -> GraphSizes:
 
 def gpu_steps(config: EngineConfig, state: DeviceState) -> tuple[StepMath, StepBuffers]:
     """The arithmetic around a forward, and the buffers it writes each step into."""
+    from octavo.worker.gpu_step import GpuStep
+
     rows, requests = config.max_num_batched_tokens, state.num_slots
     buffers = StepBuffers.allocate(rows, requests, state.block_table)
-    try:
-        from octavo.worker.gpu_step import GpuStep  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError:
-        own_table = torch.zeros_like(state.block_table)
-        return TorchStep(state), StepBuffers.allocate(rows, requests, own_table)
     return GpuStep(state, buffers, graph_sizes_of(config)), buffers
 
 
-def gpu_lookup(state: DeviceState, *, prompt: bool) -> Proposer:
-    """Drafts from the text itself or from a predicted output, made on the device."""
+def gpu_lookup(state: DeviceState, *, prompt: bool, min_match: int = MIN_MATCH) -> Proposer:
+    """Drafts from the text itself, made on the device."""
+    from octavo.kernels.triton.step import SlotTables
     from octavo.speculation.gpu_lookup import GpuLookup
-    from octavo.worker.gpu_step import slot_tables
 
-    return GpuLookup(slot_tables(state), prompt=prompt)
+    tables = SlotTables(
+        state.tokens, state.block_table, state.stop_ids, state.num_tokens, state.num_computed,
+        state.num_drafts, state.limit, state.finished, state.block_size,
+    )  # fmt: skip
+    return GpuLookup(tables, prompt=prompt, min_match=min_match)
 
 
 def capture_graphs(
@@ -146,15 +152,54 @@ def capture_graphs(
     max_model_len: int,
 ) -> CudaGraphs:
     """All graphs of the target's forward."""
-
-    def forward(input_ids: torch.Tensor, metadata: object) -> torch.Tensor:
-        context = ForwardContext(metadata, kv_caches)  # type: ignore[arg-type]
-        return model.forward(input_ids, context.attention.positions, context)
-
-    graphs = CudaGraphs(forward, graph_sizes_of(config), buffers, max_model_len)
+    graphs = CudaGraphs(_forward_of(model, kv_caches), graph_sizes_of(config), buffers, max_model_len)
     with torch.inference_mode():
         graphs.capture_all()
     return graphs
+
+
+def _forward_of(model: CausalLM, kv_caches: list[torch.Tensor]) -> Forward:
+    def forward(input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        return model.forward(input_ids, metadata.positions, ForwardContext(metadata, kv_caches))
+
+    return forward
+
+
+class GraphedNetwork:
+    """A draft model whose passes are replayed; see octavo.speculation.draft_model.DraftNetwork."""
+
+    def __init__(self, model: CausalLM, graphs: CudaGraphs) -> None:
+        self.device = model.device
+        self._model = model
+        self._graphs = graphs
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """[num_tokens, hidden], valid until the next pass"""
+        step = ctx.attention
+        if self._graphs.sizes.padded(step.num_tokens, step.max_query_len):
+            return self._graphs.replay(input_ids, step)
+        return self._model.forward(input_ids, positions, ctx)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocab_size] float32"""
+        return self._model.logits(hidden)
+
+
+def gpu_draft_model(
+    config: EngineConfig, model: CausalLM, kv_caches: list[torch.Tensor], state: DeviceState
+) -> tuple[GraphedNetwork | CausalLM, GpuDraftPasses]:
+    """A loaded draft model with its passes, and with graphs unless the user wants none."""
+    from octavo.worker.gpu_draft_passes import GpuDraftPasses
+
+    rows = 2 * config.max_num_seqs
+    sizes = None if config.args.enforce_eager else GraphSizes.up_to(min(GRAPH_ROWS, rows))
+    passes = GpuDraftPasses(state, sizes, max_rows=rows + max(GRAPH_ROWS, config.max_num_batched_tokens))
+    if sizes is None:
+        return model, passes
+    graphs = CudaGraphs(_forward_of(model, kv_caches), sizes, passes.buffers, model.max_model_len)
+    with torch.inference_mode():
+        graphs.capture_all()
+    return GraphedNetwork(model, graphs), passes
 
 
 def gpu_workspace(config: EngineConfig, longest: int) -> int:

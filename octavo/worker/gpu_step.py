@@ -126,7 +126,7 @@ class GpuStep:
             result[sampled * width :].view(4, sampled),
         )
         kernels.finish(slot_tables(self._state), self._rows, inputs.num_valid, drawn, tokens, numbers)
-        return Verdict(tokens, numbers) if sampled else None
+        return Verdict(tokens, numbers, result) if sampled else None
 
 
 def slot_tables(state: DeviceState) -> kernels.SlotTables:

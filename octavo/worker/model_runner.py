@@ -22,8 +22,9 @@ from octavo.sampling.batch import Bitmask, SamplingBatch, SamplingSlots, compile
 from octavo.sampling.sampler import AskedLogprobs, Drawn, Sampler
 from octavo.speculation.acceptance import Acceptance, VerifyRows
 from octavo.speculation.draft_model import DraftModel
-from octavo.speculation.proposer import Proposer, TakesContinuations
-from octavo.worker.cuda_graph import CudaGraphs
+from octavo.speculation.continued import ContinuedProposer
+from octavo.speculation.proposer import Proposer
+from octavo.worker.cuda_graph import SHORT_ROWS, CudaGraphs
 from octavo.worker.device_time import Mark
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
 from octavo.worker.pending import PendingOutput, PendingPasses
@@ -84,6 +85,25 @@ class ModelRunner:
         """First launch: apply the slot changes of `out` and compute its rows up to the logits."""
         assert self._launched is None, "the step before was not sampled"
         started = Mark(self.state.device)
+        self.change(out)
+        inputs = self._steps.prepare(out)
+        hidden = self._forward(inputs.input_ids, inputs.metadata)
+        logits = None
+        if len(inputs.logits_rows):
+            all_rows = len(inputs.logits_rows) == len(hidden)
+            logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
+        asked = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
+        prompt_logprobs = [asked.get(index) for index in range(len(out.rows))]
+        self._launched = _Launched(out, inputs, logits, prompt_logprobs, started)
+
+    @property
+    def proposes(self) -> bool:
+        """True if there is anybody to ask for drafts."""
+        return self._proposer is not None or self.draft_model is not None
+
+    @torch.inference_mode()
+    def change(self, out: SchedulerOutput) -> None:
+        """What a step changes before its rows: requests leave and enter their slots, blocks are added."""
         for slot in out.freed_slots:
             self._sampling.remove(slot)
             self._prompt_logprobs.pop(slot, None)
@@ -95,18 +115,8 @@ class ModelRunner:
         if self.draft_model is not None and out.draft is not None:
             self.draft_model.change(out.draft)
 
-        if out.continuations and isinstance(self._proposer, TakesContinuations):
+        if out.continuations and isinstance(self._proposer, ContinuedProposer):
             self._proposer.continue_with(out.continuations)
-
-        inputs = self._steps.prepare(out)
-        hidden = self._forward(inputs.input_ids, inputs.metadata)
-        logits = None
-        if len(inputs.logits_rows):
-            all_rows = len(inputs.logits_rows) == len(hidden)
-            logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
-        asked = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
-        prompt_logprobs = [asked.get(index) for index in range(len(out.rows))]
-        self._launched = _Launched(out, inputs, logits, prompt_logprobs, started)
 
     @torch.inference_mode()
     def sample(self, masks: GrammarMasks | None = None) -> PendingOutput:
@@ -176,15 +186,17 @@ class ModelRunner:
             positions=padding,
             num_reqs=1,
             num_tokens=num_rows,
-            max_query_len=num_rows,
+            max_query_len=min(num_rows, SHORT_ROWS),  # rows of a verify, not of a chunk
             max_seq_len=0,
         )
+        # A GPU gets some passes at once, so that it never waits for the host's launches.
+        repeats = 1 if device.type == "cpu" else 4
         started = Mark(device)
-        hidden = self._forward(ids, metadata)
-        self.model.logits(hidden)
+        for _ in range(repeats):
+            self.model.logits(self._forward(ids, metadata))
         ended = Mark(device)
         ended.wait()
-        return started.seconds_until(ended)
+        return started.seconds_until(ended) / repeats
 
     def _forward(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """[num_tokens, hidden]; what a graph returns is valid until the next forward."""

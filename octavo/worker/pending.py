@@ -60,7 +60,11 @@ class PendingOutput:
         self._has_verdict = verdict is not None
         self._prompt_logprobs = prompt_logprobs
         tensors: list[torch.Tensor] = []
-        if verdict is not None:
+        self._width = 0  # tokens of a request, where they come in one piece with the numbers
+        if verdict is not None and verdict.packed is not None:
+            self._width = verdict.tokens.shape[1]
+            tensors.append(verdict.packed)
+        elif verdict is not None:
             tensors += (verdict.tokens, verdict.numbers)
         if logprobs is not None:
             tensors += logprobs.tensors
@@ -94,7 +98,13 @@ class PendingOutput:
             target_seconds=self._started.seconds_until(self._drawn),
         )
         if self._has_verdict:
-            tokens, numbers = next(tensors), next(tensors)
+            tokens = next(tensors)
+            if self._width:
+                sampled = len(tokens) // (self._width + 4)
+                tokens, numbers = tokens.split((sampled * self._width, sampled * 4))
+                tokens, numbers = tokens.view(sampled, -1), numbers.view(4, sampled)
+            else:
+                numbers = next(tensors)
             logprobs = None
             if self._asked is not None:
                 found = LogprobTensors(*(next(tensors) for _ in LogprobTensors._fields))

@@ -43,6 +43,7 @@ class Verdict:
 
     tokens: torch.Tensor  # [S, W] int64, the first num_emitted of each row count
     numbers: torch.Tensor  # [4, S] int64: tokens emitted, drafts verified, drafts accepted, Finish
+    packed: torch.Tensor | None = None  # both, one behind the other, where they lie so
 
 
 class StepMath(Protocol):

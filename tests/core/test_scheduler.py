@@ -261,6 +261,32 @@ def test_dropped_device_state_is_sent_again() -> None:
     assert request.output_token_ids == gold_output([1, 2, 3], 1, 23, ())
 
 
+def test_a_blocked_head_is_seldom_looked_at_and_enters_when_it_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(blocks=40, max_num_seqs=12, max_model_len=160)
+    small = [bench.add([index, 5, 6, 7, 8, 9], output=2 + 3 * index) for index in range(8)]
+    bench.step()
+    head = bench.add(list(range(100, 220)), output=4)  # 30 blocks
+    pool, looks = bench.scheduler.kv.pool, []
+    find = bench.scheduler.kv.find_prefix
+
+    def noted(request: Request) -> Any:
+        looks.append(request)
+        return find(request)
+
+    monkeypatch.setattr(bench.scheduler.kv, "find_prefix", noted)
+    while head.slot < 0:
+        free, num_steps = pool.num_free, bench.scheduler.stats.num_steps
+        bench.step()
+        assert head.slot >= 0 or free < 30, f"it would have fitted in step {num_steps}"
+    assert any(request.finish_reason is None for request in small), "it waited until it was alone"
+    assert sum(request.finish_reason is not None for request in small) >= 2
+    assert len(looks) == 2  # when it came, and when it fitted
+    bench.run()
+    assert head.output_token_ids == gold_output(head.token_ids[:120], 1, 124, ())
+
+
 def test_chunks_are_bounded() -> None:
     bench = Bench(max_chunk_tokens=3)
     bench.add(list(range(8)))

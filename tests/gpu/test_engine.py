@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def engine(folder: Path, **options: Any) -> Iterator[LLM]:
 
 def runner_of(llm: LLM) -> ModelRunner:
     parts: Any = llm._parts
-    runner: ModelRunner = parts.engine.executor._runner
+    runner: ModelRunner = parts.engine.executor.runner
     return runner
 
 
@@ -163,6 +164,51 @@ def test_preemption_and_prefix_hits(qwen: Path) -> None:
         assert tokens(llm, prompts, params) == expected
 
 
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_a_draft_model_keeps_the_text(qwen: Path, tmp_path: Path, drafts: int) -> None:
+    """A draft model that is the target itself is nearly always right; a stranger nearly never."""
+    with engine(qwen, deterministic=True) as llm:
+        expected = tokens(llm)
+    options = {**WIDE, "head_dim": 128, "eos_token_id": 999, "num_hidden_layers": 1}
+    stranger = make_checkpoint(tmp_path / "s", "Qwen3ForCausalLM", **options, seed=9)
+    for folder, least, most in ((qwen, 0.8, 1.0), (stranger, 0.0, 0.2)):
+        speculative = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": drafts}
+        for more in ({}, {"pipeline_depth": 0}, {"enforce_eager": True}):
+            with engine(qwen, deterministic=True, speculative=speculative, **more) as llm:
+                assert tokens(llm) == expected
+                params = SamplingParams(max_tokens=40, temperature=0.7, seed=1, ignore_eos=True)
+                found = llm.generate(
+                    [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+                )
+            metrics = [output.metrics.speculation for output in found if output.metrics is not None]
+            drafted = sum(metric.drafted for metric in metrics if metric is not None)
+            accepted = sum(metric.accepted for metric in metrics if metric is not None)
+            assert drafted > 100
+            assert least <= accepted / drafted <= most
+
+
+def test_nothing_is_compiled_while_serving(qwen: Path) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    def note(**what: Any) -> None:
+        compiled.append(str(what["fn"].name))
+
+    speculative = {"method": "prompt_lookup", "num_speculative_tokens": 4}
+    for options in ({}, {"speculative": speculative}):
+        with engine(qwen, max_num_batched_tokens=1024, **options) as llm:
+            knobs.runtime.jit_post_compile_hook = note
+            try:
+                for count in (1, 5, 9):
+                    tokens(llm, PROMPTS[:count], PARAMS[:count])
+                tokens(llm, [token_rows(seed, 30 * seed + 1) for seed in range(32)], PARAMS[0])
+            finally:
+                knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="others use the card")
 def test_memory_is_what_was_asked_for_and_comes_back(qwen: Path) -> None:
     share = 0.5
     with engine(qwen, kv_cache_memory=None, max_num_seqs=256, max_model_len=2048) as llm:

@@ -8,7 +8,7 @@ whole vocabulary; many begin alike. In float32, where it is allowed to differ at
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,24 @@ import pytest
 import torch
 
 from octavo.kernels.cpu.choose import choose
-from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 from tests.parity.test_smollm2 import logits_after, references
 from tests.parity.ties import Parting, check_few, find_partings, perturbed
 from tests.parity.ways import assert_same_bits, run, ways
 
-LENGTHS = (1, 7, 16, 33, 64, 100, 200)
-SMALL_CACHE = 120  # blocks: 1,920 tokens, of the 5,000 that 64 requests hold
+SMALL_CACHE = 120  # blocks: 1,920 tokens, of the 4,900 that 64 requests hold
 
 
-def make_requests(count: int, num_tokens: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of 1 to 200 tokens, every third with another's first 48, and all kinds of sampling."""
+def make_requests(
+    count: int, num_tokens: int, lengths: Sequence[int] = (1, 7, 16, 33, 64, 100)
+) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts of these lengths, every third behind 48 common tokens, and all kinds of sampling."""
     rng = random.Random(11)
     cases = references()
     prompts, params = [], []
     for index in range(count):
         own = cases[index % len(cases)]["prompt"][index % 7 :]
-        own = own[: rng.choice(LENGTHS)]
+        own = own[: rng.choice(lengths)]
         prompts.append(cases[0]["prompt"][:48] + own if index % 3 == 0 else own)
         kinds: list[dict[str, Any]] = [
             {"temperature": 0.0},
@@ -50,22 +50,15 @@ def make_requests(count: int, num_tokens: int) -> tuple[list[list[int]], list[Sa
     return prompts, params
 
 
-def runner(
-    path: Path, count: int, num_tokens: int, **options: Any
-) -> Callable[[dict[str, Any]], list[RequestOutput]]:
-    prompts, params = make_requests(count, num_tokens)
-    return lambda way: run(path, prompts, params, way, **{"kv_cache_memory": "500MB", **options})
-
-
 def test_the_same_bits(smollm2_path: Path) -> None:
-    """A small form: a few requests, the ways that differ most."""
-    outputs = runner(smollm2_path, 10, 8, dtype="bfloat16", deterministic=True)
-    plain = outputs({})
-    for way in (
-        {"max_num_seqs": 1, "enable_prefix_caching": False},
-        {"max_chunk_tokens": 7, "pipeline_depth": 1, "rebuild": True, "blocks": 20},
-    ):
-        assert_same_bits(outputs(way), plain, str(way))
+    """A small form: a few short requests, the ways that differ most."""
+    prompts, params = make_requests(10, 24, lengths=(1, 7, 16, 33))
+    options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory": "64MB", "deterministic": True}
+    plain = run(smollm2_path, prompts, params, {}, **options)
+    alone = {"max_num_seqs": 1, "enable_prefix_caching": False}
+    late = {"max_chunk_tokens": 7, "pipeline_depth": 1, "rebuild": True, "blocks": 14}
+    for way in (alone, late):
+        assert_same_bits(run(smollm2_path, prompts, params, way, **options), plain, str(way))
 
 
 def test_a_planted_difference_is_found(smollm2_path: Path) -> None:
@@ -87,10 +80,15 @@ def test_a_planted_difference_is_found(smollm2_path: Path) -> None:
 def test_every_way_gives_the_same_bits(smollm2_path: Path, deterministic: bool) -> None:
     if not deterministic and choose(torch.bfloat16).name != "octavo":
         pytest.skip("this machine's default kernels are not Octavo's, and promise nothing")
-    outputs = runner(smollm2_path, 64, 24, dtype="bfloat16", deterministic=deterministic)
-    plain = outputs({})
+    prompts, params = make_requests(64, 24)
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "kv_cache_memory": "500MB",
+        "deterministic": deterministic,
+    }
+    plain = run(smollm2_path, prompts, params, {}, **options)
     for name, way in ways(SMALL_CACHE).items():
-        assert_same_bits(outputs(way), plain, name)
+        assert_same_bits(run(smollm2_path, prompts, params, way, **options), plain, name)
 
 
 @pytest.mark.slow

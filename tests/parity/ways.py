@@ -18,7 +18,7 @@ from octavo.models.config import ModelConfig
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
-LEAST_PREEMPTIONS = LEAST_REBUILDS = 3
+LEAST_PREEMPTIONS = LEAST_REBUILDS = 2
 
 
 def ways(blocks: int) -> dict[str, dict[str, Any]]:
@@ -56,9 +56,9 @@ def run(
         outputs = llm.generate(list(prompts), params, use_tqdm=False)
         engine.scheduler.check_integrity()
         if blocks is not None:
-            assert engine.scheduler.stats.num_preemptions > LEAST_PREEMPTIONS, "the cache was not too small"
+            assert engine.scheduler.stats.num_preemptions >= LEAST_PREEMPTIONS, "the cache was not too small"
         if rebuild:
-            assert len(rebuilds) > LEAST_REBUILDS, "hardly anything was rebuilt"
+            assert len(rebuilds) >= LEAST_REBUILDS, "hardly anything was rebuilt"
         return outputs
 
 

@@ -39,7 +39,12 @@ SUM = ("add", '{"a": 1, "b": [2, {"c": "}]\\"{"}]}')
 # (format, the model's text, content, calls)
 GOLDEN: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", "Just text, 3 < 4 and <tool> too.", "Just text, 3 < 4 and <tool> too.", []),
-    ("hermes", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>', "", [PARIS]),
+    (
+        "hermes",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        "",
+        [PARIS],
+    ),
     (
         "hermes",
         'Let me look.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
@@ -59,7 +64,12 @@ GOLDEN: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": "ad', '<tool_call>{"name": "ad', []),
     ("hermes", "<tool_call>I would call add.</tool_call>", "<tool_call>I would call add.</tool_call>", []),
     ("hermes", '<tool_call>{"tool": "add"}</tool_call>', '<tool_call>{"tool": "add"}</tool_call>', []),
-    ("hermes", '<tool_call>{"name": "add", "arguments": {}}<tool_call>{"name": "add"}', "", [("add", "{}")] * 2),
+    (
+        "hermes",
+        '<tool_call>{"name": "add", "arguments": {}}<tool_call>{"name": "add"}',
+        "",
+        [("add", "{}")] * 2,
+    ),
     ("hermes", "an end<|im_end|> within, and <tool_ca", "an end within, and <tool_ca", []),
     ("hermes", " padded \n", " padded \n", []),
     ("llama", '{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [PARIS]),
@@ -117,11 +127,11 @@ def read(parser: Any, chunks: list[str]) -> tuple[str, str, list[tuple[str, str]
     calls: list[list[str]] = []
     for piece in pieces:
         if piece.kind == "call":
-            assert piece.index == len(calls), "calls are numbered in the order they begin"
+            assert piece.call_index == len(calls), "calls are numbered in the order they begin"
             calls.append([piece.text, ""])
         elif piece.kind == "arguments":
-            assert piece.index == len(calls) - 1
-            calls[piece.index][1] += piece.text
+            assert piece.call_index == len(calls) - 1
+            calls[piece.call_index][1] += piece.text
     texts = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "content")}
     return texts["reasoning"], texts["content"], [(name, arguments) for name, arguments in calls]
 
@@ -145,14 +155,21 @@ def test_tool_calls_however_the_text_is_cut(
 
 
 FRAGMENTS = [
-    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|im_end|>", "<", "[", "{", "}",
-    "]", '"', "\\", ":", ",", ";", " ", "\n", '{"name": "add"', '"arguments": {', '"parameters": ', "add", "null",
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|im_end|>", "<", "[", "{",
+    "}", "]", '"', "\\", ":", ",", ";", " ", "\n", '{"name": "add"', '"arguments": {', '"parameters": ', "add",
+    "null",
     '{"name": "add", "arguments": {"a": 1}}', "text", "<think>", "</think>", "é", "1",
 ]  # fmt: skip
+WAYS_TO_BEGIN = st.sampled_from([None, True, False])
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 
 
-@given(name=st.sampled_from(sorted(MAKERS)), text=texts, data=st.data(), thinks=st.sampled_from([None, True, False]))
+@given(
+    name=st.sampled_from(sorted(MAKERS)),
+    text=texts,
+    data=st.data(),
+    thinks=st.sampled_from([None, True, False]),
+)
 @settings(max_examples=300, deadline=None)
 def test_no_text_depends_on_its_cuts(name: str, text: str, data: st.DataObject, thinks: bool | None) -> None:
     def reader() -> AnswerReader:
@@ -189,7 +206,9 @@ def test_reasoning_is_split_off(begins_inside: bool, text: str, reasoning: str, 
 
 
 def test_calls_are_looked_for_behind_the_reasoning_only() -> None:
-    text = '<think>I call <tool_call>{"name": "add"}</tool_call>?</think><tool_call>{"name": "add"}</tool_call>'
+    text = (
+        '<think>I call <tool_call>{"name": "add"}</tool_call>?</think><tool_call>{"name": "add"}</tool_call>'
+    )
     for chunks in cuts(text):
         reader = AnswerReader(ThinkSplitter(begins_inside=False), HermesParser())
         assert read(reader, chunks) == ('I call <tool_call>{"name": "add"}</tool_call>?', "", [("add", "{}")])

@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 
 from octavo import LLM, SamplingParams
-from octavo.errors import ConfigError, NotInThisVersionError, RequestError
+from octavo.errors import ConfigError, ModelNotFoundError, NotInThisVersionError, RequestError
 from octavo.outputs import RequestOutput
 from tests.checkpoints import make_checkpoint
+from tests.speculation.draft_models import make_draft_models
 from tests.speculation.drafters import Noisy
 
 DRAFTERS = "tests.speculation.drafters"
-METHODS = ["prompt_lookup", "predicted", f"{DRAFTERS}:Noisy", f"{DRAFTERS}:Wrong"]
+METHODS = ["prompt_lookup", "suffix", "predicted", f"{DRAFTERS}:Noisy", f"{DRAFTERS}:Wrong"]
+# method, and which draft model: the target itself, a noised copy of it, a smaller one that knows nothing
+MODELS = ["draft_model itself", "draft_model near", "draft_model stranger", "hybrid near"]
+METHODS += MODELS
 PROMPTS = ["the cat and the hat and the cat and", "one two one two one two", "in the end", "a"] * 2
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -55,7 +59,19 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", tokenizer=True)
+    parent = tmp_path_factory.mktemp("model")
+    make_draft_models(parent)
+    return make_checkpoint(parent / "tiny", tokenizer=True)
+
+
+def settings(folder: Path, method: str, count: int | str = 4) -> dict[str, Any]:
+    """The option `speculative` for an entry of METHODS."""
+    name, _, model = method.partition(" ")
+    speculative: dict[str, Any] = {"method": name, "num_speculative_tokens": count}
+    if model:
+        speculative["model"] = str(folder if model == "itself" else folder.parent / model)
+        speculative["draft_kv_share"] = 1.0
+    return speculative
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +97,7 @@ def run(
         scheduler = llm._engine_parts().engine.scheduler
         scheduler.check_integrity()
         assert scheduler.kv.pool.num_used == 0
+        assert scheduler.draft_kv is None or scheduler.draft_kv.kv.pool.num_used == 0
         if num_blocks is not None and values.get("structured_outputs") is None:
             assert scheduler.stats.num_preemptions > 0
     return outputs
@@ -108,9 +125,7 @@ def speculated(
     predictions = None
     if method == "predicted":
         predictions = [[*o.outputs[0].token_ids[:20], 9, *o.outputs[0].token_ids[23:]] for o in plain]
-    return run(
-        folder, engine, params, predictions, speculative={"method": method, "num_speculative_tokens": 4}
-    )
+    return run(folder, engine, params, predictions, speculative=settings(folder, method))
 
 
 def check(folder: Path, method: str, engine: dict[str, Any], params: dict[str, Any]) -> None:
@@ -126,7 +141,11 @@ def check(folder: Path, method: str, engine: dict[str, Any], params: dict[str, A
     repeats = params == REQUESTS["greedy"] or "structured_outputs" in params  # prompt lookup needs that
     if method.endswith("Wrong"):
         assert drafted > 100
-    elif repeats or (method != "prompt_lookup" and "n" not in params):
+    elif method.endswith("itself") and "structured_outputs" not in params:
+        assert accepted == drafted > 50  # the same model, the same noise: the same tokens
+    elif method.endswith("stranger") or (method in MODELS and "structured_outputs" in params):
+        assert drafted > 20  # a draft model knows no grammars
+    elif repeats or (method not in ("prompt_lookup", "suffix") and "n" not in params):
         assert accepted > 0, "nothing was accepted: the test shows nothing"
 
 
@@ -144,6 +163,16 @@ def test_every_way(folder: Path, method: str, engine: str) -> None:
         check(folder, method, ENGINES[engine], REQUESTS["grammar"])
 
 
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_rejection_sampling_keeps_the_text_of_certain_drafters(folder: Path, kind: str) -> None:
+    """What they propose has probability 1: the target's own draw is rejection sampling already."""
+    plain = run(folder, {}, REQUESTS[kind])
+    Noisy.known = [o.prompt_token_ids + c.token_ids for o in plain for c in o.outputs]
+    speculative = {"method": f"{DRAFTERS}:Noisy", "num_speculative_tokens": 4, "acceptance": "rejection"}
+    outputs = run(folder, ENGINES["one-step-late"], REQUESTS[kind], speculative=speculative)
+    assert told(outputs) == told(plain)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_stop_strings(folder: Path, method: str) -> None:
     plain = run(folder, {}, {"temperature": 0})
@@ -153,8 +182,7 @@ def test_stop_strings(folder: Path, method: str) -> None:
     stopped = run(folder, {}, params)
     Noisy.known = [o.prompt_token_ids + c.token_ids for o in plain for c in o.outputs]
     predictions = [o.outputs[0].token_ids for o in plain] if method == "predicted" else None
-    speculative = {"method": method, "num_speculative_tokens": 6}
-    outputs = run(folder, {"pipeline_depth": 1}, params, predictions, speculative=speculative)
+    outputs = run(folder, {"pipeline_depth": 1}, params, predictions, speculative=settings(folder, method, 6))
     assert told(outputs) == told(stopped)
     assert outputs[0].outputs[0].stop_reason == stop
 
@@ -204,8 +232,11 @@ def test_a_request_may_ask_for_fewer(folder: Path) -> None:
         ({"method": "ngram", "num_speculative_token": 3}, ConfigError, "did you mean num_speculative_tokens"),
         ({"method": "ngram", "model": "x"}, ConfigError, "takes no model"),
         ({"method": "ngram", "acceptance": "lossy"}, ConfigError, "replay or rejection"),
-        ({"method": "ngram", "acceptance": "rejection"}, NotInThisVersionError, "rejection"),
-        ({"method": "draft_model", "model": "x"}, NotInThisVersionError, "draft_model"),
+        ({"method": "draft_model"}, ConfigError, "needs a model"),
+        ({"method": "hybrid", "model": 3}, ConfigError, "needs a model"),
+        ({"method": "ngram", "draft_kv_share": 0.5}, ConfigError, "takes no draft_kv_share"),
+        ({"method": "draft_model", "model": "x", "draft_kv_share": 0}, ConfigError, "above 0 and at most 1"),
+        ({"method": "draft_model", "model": "no/such/folder"}, ModelNotFoundError, "no/such/folder"),
         ({"method": "no.such.module:Class"}, ConfigError, "cannot be imported"),
         ({"method": f"{DRAFTERS}:Missing"}, ConfigError, "cannot be imported"),
         ({"method": f"{DRAFTERS}:NoPropose"}, ConfigError, "no method propose"),

@@ -9,7 +9,7 @@ gives another text.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +17,12 @@ import pytest
 import torch
 
 from octavo.attention.backend import ForwardContext
-from octavo.core.messages import ModelOutput, SchedulerOutput
+from octavo.core.messages import ModelOutput, NewSlot, SchedulerOutput
+from octavo.sampling.batch import SamplingSlots
 from octavo.sampling.sampler import Sampler, TorchDraw
+from octavo.speculation.cpu_draft_passes import CpuDraftPasses
+from octavo.speculation.draft_model import DraftModel
+from octavo.speculation.draft_passes import TorchDraftPasses
 from octavo.worker.cpu_step import CpuStep
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.model_runner import ModelRunner
@@ -56,6 +60,61 @@ class FakeModel:
         return torch.nn.functional.one_hot(hidden[:, 0].long(), VOCAB).float()
 
 
+class FakeDraftNetwork(FakeModel):
+    """Reads its text back from the draft cache as well, and guesses wrong at some texts.
+
+    Each text must be the beginning of what some slot holds: its tokens, and the drafts behind them.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, state: DeviceState) -> None:
+        self._state = state
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        hidden = super().forward(input_ids, positions, ctx)
+        meta, cache = ctx.attention, ctx.kv_caches[0]
+        held = [row.tolist() for row in self._state.tokens]
+        for request in range(meta.num_reqs):
+            table = meta.block_table[request].tolist()
+            for row in range(int(meta.query_start_loc[request]), int(meta.query_start_loc[request + 1])):
+                if (position := int(positions[row])) < 0:
+                    continue
+                size = cache.shape[1]
+                text = [int(cache[table[p // size], p % size]) for p in range(position + 1)]
+                assert any(tokens[: position + 1] == text for tokens in held), "draft KV of another text"
+                if sum(text) % 3 == 0:
+                    hidden[row] = (hidden[row] + 1) % VOCAB
+        return hidden
+
+
+class RandomLookup:
+    """Finds something now and then, right or wrong."""
+
+    name = "random"
+
+    def __init__(self, state: DeviceState, rng: random.Random, match: float) -> None:
+        self._state, self._rng, self._match = state, rng, match
+
+    def enter(self, new: NewSlot) -> None:
+        """Nothing to know."""
+
+    def leave(self, slot: int) -> None:
+        """Nothing to forget."""
+
+    def propose(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        state = self._state
+        for slot, count in zip(slots, counts, strict=True):
+            known = int(state.num_tokens[slot])
+            if state.finished[slot] or self._rng.random() > self._match:
+                continue
+            text = state.tokens[slot, :known].tolist()
+            for _ in range(min(count, int(state.limit[slot]) - known)):
+                text.append(next_token(SEED, text) if self._rng.random() < 0.7 else 3)
+            state.tokens[slot, known : len(text)] = torch.tensor(text[known:], dtype=torch.int32)
+            state.num_drafts[slot] = len(text) - known
+
+
 class RunnerDevice:
     """A model runner with the fake device's interface, and a drafter that is sometimes right."""
 
@@ -66,14 +125,36 @@ class RunnerDevice:
         )
         cache = torch.full((simulation.num_blocks, simulation.block_size), -9, dtype=torch.int64)
         model: Any = FakeModel()
-        self.runner = ModelRunner(model, [cache], self.state, steps(self.state), Sampler(TorchDraw()))
         self.outputs: list[ModelOutput] = []
         self.rng = random.Random(seed)
+        sampler, sampling = Sampler(TorchDraw()), SamplingSlots(config.max_num_seqs)
+        draft_model, lookup = None, None
+        self.drafts_itself = simulation.scheduler.draft_kv is None
+        if simulation.scheduler.draft_kv is not None:
+            pool = simulation.scheduler.draft_kv
+            draft_cache = torch.full((len(pool.kv.pool.blocks), simulation.block_size), -9)
+            passes = TorchDraftPasses if steps is TorchStep else CpuDraftPasses
+            draft_model = DraftModel(
+                FakeDraftNetwork(self.state),
+                [draft_cache],
+                passes(self.state, simulation.block_size),
+                self.state,
+                sampler,
+                sampling,
+                vocab_size=VOCAB,
+                target_vocab_size=VOCAB,
+            )
+            if pool.with_lookup:
+                lookup = RandomLookup(self.state, self.rng, 0.4)
+        self.runner = ModelRunner(
+            model, [cache], self.state, steps(self.state), sampler, lookup,
+            sampling=sampling, draft_model=draft_model,
+        )  # fmt: skip
 
     def launch(self, out: SchedulerOutput) -> None:
         self.runner.forward(out)
         self.outputs.append(self.runner.sample().read())
-        for slot, count in out.propose:
+        for slot, count in out.propose if self.drafts_itself else ():
             if self.state.finished[slot]:
                 continue
             known = int(self.state.num_tokens[slot])
@@ -90,26 +171,42 @@ class RunnerDevice:
 
 
 class RunnerSimulation(Simulation):
-    def __init__(self, seed: int, depth: int, steps: Callable[[DeviceState], StepMath]) -> None:
-        super().__init__(seed, depth)
+    def __init__(
+        self, seed: int, depth: int, steps: Callable[[DeviceState], StepMath], drafter: str = ""
+    ) -> None:
+        super().__init__(seed, depth, drafter)
+        self.accepted = self.drafted = 0
         self.device = RunnerDevice(self, seed, steps)  # type: ignore[assignment]
 
     def next_seed(self) -> int:
         return SEED
 
 
-def run_many(first: int, lives: int, operations: int, steps: Callable[[DeviceState], StepMath]) -> None:
-    preemptions = ends = 0
+    def read(self) -> None:
+        output = self.device.outputs[0]
+        self.drafted += sum(output.num_drafts_valid)
+        self.accepted += sum(output.num_accepted)
+        super().read()
+
+
+def run_many(
+    first: int, lives: int, operations: int, steps: Callable[[DeviceState], StepMath], drafter: str = ""
+) -> None:
+    preemptions = ends = drafted = accepted = 0
     for seed in range(first, first + lives):
         for depth in (0, 1):
-            simulation = RunnerSimulation(seed, depth, steps)
+            simulation = RunnerSimulation(seed, depth, steps, drafter)
             for _ in range(operations):
                 simulation.step()
             simulation.drain()
             preemptions += simulation.scheduler.stats.num_preemptions
             ends += sum(simulation.ended.values())
+            drafted, accepted = drafted + simulation.drafted, accepted + simulation.accepted
     assert preemptions > 0
     assert ends > lives
+    if drafter == "model":  # refused at one text of three, whatever block its KV lies in
+        assert 0.4 < accepted / drafted < 0.75
+    assert accepted > 10
 
 
 @pytest.fixture(params=[TorchStep, CpuStep])
@@ -122,6 +219,12 @@ def test_random_steps(steps: Callable[[DeviceState], StepMath]) -> None:
     run_many(0, lives=6, operations=60, steps=steps)
 
 
+@pytest.mark.parametrize("drafter", ["model", "hybrid"])
+def test_random_steps_with_a_draft_model(steps: Callable[[DeviceState], StepMath], drafter: str) -> None:
+    run_many(0, lives=6, operations=60, steps=steps, drafter=drafter)
+
+
 @pytest.mark.slow
-def test_many_random_steps(steps: Callable[[DeviceState], StepMath]) -> None:
-    run_many(100, lives=60, operations=200, steps=steps)
+@pytest.mark.parametrize("drafter", ["", "model", "hybrid"])
+def test_many_random_steps(steps: Callable[[DeviceState], StepMath], drafter: str) -> None:
+    run_many(100, lives=60, operations=200, steps=steps, drafter=drafter)

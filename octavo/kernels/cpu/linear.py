@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from octavo.kernels.cpu._checks import check, dtype_number
+from octavo.kernels.cpu.arena import WeightArena
 from octavo.kernels.cpu.library import CpuLibrary, load
 
 PANEL = 16
@@ -91,30 +92,42 @@ def _functions(library: CpuLibrary) -> _Functions:
     )
 
 
-def _pack(weight: torch.Tensor, gate_up: bool, library: CpuLibrary | None) -> PackedLinear:
+def _pack(
+    weight: torch.Tensor, gate_up: bool, library: CpuLibrary | None, arena: WeightArena | None
+) -> PackedLinear:
     check(weight, "weight", [None, None], rows_only=True)
     n, k = weight.shape
     if n == 0 or k == 0:
         raise ValueError(f"weight must not be empty, but has shape {[n, k]}")
     shape = PackedLinear(torch.empty(0), n, k, weight.dtype, gate_up)
     padded_k = k + k % 2 if weight.dtype == torch.bfloat16 else k
-    storage = torch.empty(shape.packed_columns * padded_k, dtype=weight.dtype)
+    elements = shape.packed_columns * padded_k
+    storage = (
+        torch.empty(elements, dtype=weight.dtype) if arena is None else arena.take(elements, weight.dtype)
+    )
     packed = PackedLinear(storage, n, k, weight.dtype, gate_up)
     _functions(library or load()).pack(weight.data_ptr(), weight.stride(0), packed.pointer())
     return packed
 
 
-def pack(weight: torch.Tensor, library: CpuLibrary | None = None) -> PackedLinear:
-    """Pack a weight `[n, k]`, float32 or bfloat16. All levels share the layout."""
-    return _pack(weight, False, library)
+def pack(
+    weight: torch.Tensor, library: CpuLibrary | None = None, arena: WeightArena | None = None
+) -> PackedLinear:
+    """Pack a weight `[n, k]`, float32 or bfloat16. All levels share the layout.
+
+    The weights of one model belong side by side, in one arena.
+    """
+    return _pack(weight, False, library, arena)
 
 
-def pack_gate_up(weight: torch.Tensor, library: CpuLibrary | None = None) -> PackedLinear:
+def pack_gate_up(
+    weight: torch.Tensor, library: CpuLibrary | None = None, arena: WeightArena | None = None
+) -> PackedLinear:
     """Pack gate and up, stacked as `[2 * intermediate, k]`, so that `linear` gives silu(gate) * up."""
     check(weight, "weight", [None, None], rows_only=True)
     if weight.shape[0] % 2:
         raise ValueError(f"weight must hold gate and up, an even number of rows, not {weight.shape[0]}")
-    return _pack(weight, True, library)
+    return _pack(weight, True, library, arena)
 
 
 def unpack(packed: PackedLinear, library: CpuLibrary | None = None) -> torch.Tensor:

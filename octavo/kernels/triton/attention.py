@@ -35,7 +35,7 @@ GROUP = 128  # tokens summed by themselves; part of the definition of a row's bi
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs"])
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64
@@ -148,7 +148,7 @@ def _fold(most, weight, acc, most_g, weight_g, acc_g):
     return higher, weight * ours + weight_g * theirs, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "max_groups", "window"])
 def attention_kernel(
     q_ptr,  # [num_tokens, HEADS, D], rotary applied
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]

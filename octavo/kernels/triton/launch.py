@@ -10,6 +10,7 @@ after its own wait: whatever is older than the launch before is complete when a 
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,25 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+def one_form(*specialized: str):
+    """`triton.jit` for a kernel of which there is one form.
+
+    Triton compiles a kernel anew for a number that is 1 or a multiple of 16, and for a pointer aligned
+    to 16 bytes. Here only the named arguments are looked at so: nothing is compiled while serving
+    because a step has another number of rows.
+    """
+
+    def decorate(kernel):
+        names = [
+            name
+            for name, parameter in inspect.signature(kernel).parameters.items()
+            if parameter.annotation not in (tl.constexpr, "tl.constexpr") and name not in specialized
+        ]
+        return triton.jit(do_not_specialize=names)(kernel)
+
+    return decorate
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.launch import next_power_of_2
+from octavo.kernels.triton.launch import next_power_of_2, one_form
 from octavo.kernels.triton.step import SlotTables
 
 PART = 8192  # places of a text that one program looks at
@@ -43,7 +43,7 @@ def _write_drafts(
     tl.store(num_drafts_ptr + slot, number)
 
 
-@triton.jit
+@one_form()
 def prompt_lookup_kernel(
     asked_ptr,  # [requests, 2] int32: slot, number of drafts
     tokens_ptr,  # [slots, tokens_stride] int32
@@ -96,7 +96,7 @@ def prompt_lookup_kernel(
         )
 
 
-@triton.jit
+@one_form()
 def predicted_lookup_kernel(
     asked_ptr,  # [requests, 2] int32: slot, number of drafts
     tokens_ptr,

@@ -108,7 +108,7 @@ def silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PD
     tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rope_store_kernel(
     qkv_ptr,  # [num_tokens, HEADS + 2 * KV_HEADS, D]
     q_norm_ptr,

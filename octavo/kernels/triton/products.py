@@ -170,7 +170,7 @@ def row_scales(
     return tl.rsqrt(row_sum(squares) / WIDTH + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def plain_kernel(
     x_ptr,
     w_ptr,
@@ -219,7 +219,7 @@ def plain_kernel(
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def residual_kernel(
     x_ptr,
     w_ptr,
@@ -277,7 +277,7 @@ def residual_kernel(
             tl.store(squares_ptr + m * (N // SQUARES) + place, squares, mask=m < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gate_up_kernel(
     x_ptr,  # [num_rows, K], scaled by the norm's weight
     w_ptr,  # [2 * N, K], gate rows above up rows
@@ -370,7 +370,7 @@ def kv_offsets(slots, head, half, BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constex
     return (((block * 2 + half) * KV_HEADS + head) * BLOCK_SIZE + slots % BLOCK_SIZE) * D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def qkv_kernel(
     x_ptr,  # [num_rows, K], scaled by the norm's weight
     w_ptr,  # [(HEADS + 2 * KV_HEADS) * D, K]

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.random import philox_impl
 
 from octavo.kernels.triton import select
-from octavo.kernels.triton.launch import next_power_of_2
+from octavo.kernels.triton.launch import next_power_of_2, one_form
 from octavo.kernels.triton.select import legal, order_of
 
 NO_TOKEN = -1
@@ -34,7 +34,7 @@ def _gumbel(word):
     return -tl.log(-tl.where(high, tl.log(u), log1p))
 
 
-@triton.jit
+@one_form("logits_ptr", "vocab", "stride")
 def draw_kernel(
     logits_ptr,  # [rows, vocab] float32
     temperature_ptr,  # [rows] float32

@@ -2,11 +2,11 @@
 
 A row is read by many programs at once, in three passes. The first finds the greatest logit. The
 second counts, and weighs, the tokens in BINS bins by their distance from it; the bins grow with the
-distance, so that they hold few tokens each whatever the scale of the logits. The last program to
-arrive at a row knows which bin its threshold lies in. The third pass writes the tokens of that bin
-(of all bins above it too, where they are few) into a list, and its last program finds the threshold
-among them, exactly: by logit, then by id. Where both top-k and top-p ask, what top-k left has to be
-known before top-p can be weighed, so a third pass may be needed once more.
+distance, so that they hold few tokens each whatever the scale of the logits. Then it is known which
+bin the threshold lies in. The third pass writes the tokens of that bin (of all bins above it too,
+where they are few) into a list, in which the threshold is searched, exactly: by logit, then by id.
+Where both top-k and top-p ask, what top-k left has to be known before top-p can be weighed, so the
+third pass may be needed once more. Between the passes one program a row decides what the next does.
 
 Weights are integers, exp((logit - greatest) / temperature) times 2^40: their sums are the same in
 any order, so a row's tokens are a function of the row alone. A bin of more than LIST tokens (equal
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.launch import next_power_of_2
+from octavo.kernels.triton.launch import next_power_of_2, one_form
 
 BINS = 4096  # of a distance: 5 bits of its exponent, 7 of its mantissa
 LIST = 4096  # tokens that are searched without the logits
@@ -28,13 +28,12 @@ STATE = 8  # numbers of a row beside its bins
 _ROWS = 256  # rows at a time, so that bins and lists stay small
 
 _BEST = tl.constexpr(0)  # order of the greatest logit, plus 2^31
-_ARRIVED = tl.constexpr(1)  # programs that have done their part of a pass
-_LISTED = tl.constexpr(2)  # tokens in the list, or that did not fit there
-_PENDING = tl.constexpr(3)  # what the next pass is to find: 0 nothing, 1 by count, 2 by weight
-_FROM = tl.constexpr(4)  # bins whose tokens it lists
-_TO = tl.constexpr(5)
-_LEFT = tl.constexpr(6)  # how many of them, or how much of their weight, is kept
-_TOTAL = tl.constexpr(7)  # weight of all tokens, for log-probabilities
+_LISTED = tl.constexpr(1)  # tokens in the list, or that did not fit there
+_PENDING = tl.constexpr(2)  # what the next pass is to find: 0 nothing, 1 by count, 2 by weight
+_FROM = tl.constexpr(3)  # bins whose tokens it lists
+_TO = tl.constexpr(4)
+_LEFT = tl.constexpr(5)  # how many of them, or how much of their weight, is kept
+_TOTAL = tl.constexpr(6)  # weight of all tokens, for log-probabilities
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def _key_of(logits, ids, ID_BITS: tl.constexpr):
     return (order_of(logits).to(tl.int64) << ID_BITS) | ((1 << ID_BITS) - 1 - ids.to(tl.int64))
 
 
-@triton.jit
+@one_form("logits_ptr", "vocab", "stride")
 def best_kernel(logits_ptr, state_ptr, vocab, stride, ROW: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -137,38 +136,28 @@ def _seek_count(state, counts, wanted, LIST: tl.constexpr, BINS: tl.constexpr):
     tl.store(state + _LEFT, wanted - before)
 
 
-@triton.jit
+@one_form("logits_ptr", "vocab", "stride")
 def filter_bins_kernel(
     logits_ptr,  # [rows, vocab] float32
     temperature_ptr,  # [rows] float32
     top_k_ptr,  # [rows] int32
     top_p_ptr,  # [rows] float32
     state_ptr,  # [rows, ROW] int64: state, counts, weights; zero but for _BEST
-    order_ptr,  # [rows] int32, written: least order kept, for now the least there is
-    limit_ptr,  # [rows] int32, written: tokens of that order are kept if their id is below
-    best_ptr,  # [rows] float32, written
     vocab,
     stride,
-    chunks,
     ROW: tl.constexpr,
     STATE: tl.constexpr,
     BINS: tl.constexpr,
-    LIST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * ROW
-    best = _best_of(state)
-    temperature = tl.load(temperature_ptr + row)
-    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-    if chunk == 0:
-        tl.store(order_ptr + row, -2147483648)
-        tl.store(limit_ptr + row, 2147483647)
-        tl.store(best_ptr + row, best)
+    best, temperature = _best_of(state), tl.load(temperature_ptr + row)
     filters = (temperature >= 1e-5) & (best > float("-inf"))
-    counts_them, weighs_them = filters & (top_k > 0), filters & (top_p < 1.0)
+    counts_them = filters & (tl.load(top_k_ptr + row) > 0)
+    weighs_them = filters & (tl.load(top_p_ptr + row) < 1.0)
     if counts_them | weighs_them:
-        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
         there = logits > float("-inf")
         place = state + STATE + _bin_of(logits, best)
@@ -177,33 +166,70 @@ def filter_bins_kernel(
         if weighs_them:
             weight = _weight_of(logits, best, temperature)
             tl.atomic_add(place + BINS, weight, mask=there & (weight > 0), sem="relaxed")
-        tl.debug_barrier()
-        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
-            tl.store(state + _ARRIVED, 0)
-            b = tl.arange(0, BINS)
-            counts = tl.load(state + STATE + b, cache_modifier=".cg")
-            cuts = counts_them & (tl.sum(counts, axis=0) > top_k)
-            if cuts:
-                _seek_count(state, counts, top_k.to(tl.int64), LIST, BINS)
-            elif weighs_them:
-                weights = tl.load(state + STATE + BINS + b, cache_modifier=".cg")
-                _seek_weight(state, weights, _wanted(top_p, tl.sum(weights, axis=0)), BINS)
 
 
-@triton.jit
-def _list_tokens(
-    logits, ids, vocab, state, list_ptr, best, LIST: tl.constexpr, ID_BITS: tl.constexpr, ALL: tl.constexpr
+@one_form()
+def filter_seek_kernel(
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    state_ptr,
+    order_ptr,  # [rows] int32, written: least order kept, for now the least there is
+    limit_ptr,  # [rows] int32, written: tokens of that order are kept if their id is below
+    best_ptr,  # [rows] float32, written
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    LIST: tl.constexpr,
 ):
-    """Put a chunk's tokens of the wanted bins into the row's list. ALL: tokens of -inf count as well."""
-    place = _bin_of(logits, best)
-    mine = (ids < vocab) & (place >= tl.load(state + _FROM)) & (place <= tl.load(state + _TO))
-    if not ALL:
-        mine = mine & (logits > float("-inf"))
-    number = tl.sum(mine.to(tl.int64), axis=0)
-    if number > 0:
-        at = tl.atomic_add(state + _LISTED, number, sem="relaxed")
-        at += tl.cumsum(mine.to(tl.int64), axis=0) - 1
-        tl.store(list_ptr + at, _key_of(logits, ids, ID_BITS), mask=mine & (at < LIST))
+    row = tl.program_id(0).to(tl.int64)
+    state = state_ptr + row * ROW
+    best, top_k, top_p = _best_of(state), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    tl.store(order_ptr + row, -2147483648)
+    tl.store(limit_ptr + row, 2147483647)
+    tl.store(best_ptr + row, best)
+    filters = (tl.load(temperature_ptr + row) >= 1e-5) & (best > float("-inf"))
+    if filters & ((top_k > 0) | (top_p < 1.0)):
+        b = tl.arange(0, BINS)
+        counts = tl.load(state + STATE + b)
+        cuts = (top_k > 0) & (tl.sum(counts, axis=0) > top_k)
+        if cuts:
+            _seek_count(state, counts, top_k.to(tl.int64), LIST, BINS)
+        elif top_p < 1.0:
+            weights = tl.load(state + STATE + BINS + b)
+            _seek_weight(state, weights, _wanted(top_p, tl.sum(weights, axis=0)), BINS)
+
+
+@one_form("logits_ptr", "vocab", "stride")
+def list_kernel(
+    logits_ptr,
+    state_ptr,
+    list_ptr,  # [rows, LIST] int64
+    vocab,
+    stride,
+    ALL: tl.constexpr,  # tokens of -inf count as well
+    ROW: tl.constexpr,
+    LIST: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Put the tokens of the wanted bins into each row's list, in any order."""
+    row = tl.program_id(0).to(tl.int64)
+    state = state_ptr + row * ROW
+    if tl.load(state + _PENDING) != 0:
+        best = _some_best_of(state)
+        ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+        logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
+        place = _bin_of(logits, best)
+        mine = (ids < vocab) & (place >= tl.load(state + _FROM)) & (place <= tl.load(state + _TO))
+        if not ALL:
+            mine = mine & (logits > float("-inf"))
+        number = tl.sum(mine.to(tl.int32), axis=0)
+        if number > 0:
+            at = tl.atomic_add(state + _LISTED, number.to(tl.int64), sem="relaxed")
+            at += tl.cumsum(mine.to(tl.int32), axis=0) - 1
+            keys = _key_of(logits, ids, ID_BITS)
+            tl.store(list_ptr + row * LIST + at, keys, mask=mine & (at < LIST))
 
 
 @triton.jit
@@ -271,18 +297,17 @@ def _search(
     return low
 
 
-@triton.jit
-def filter_list_kernel(
+@one_form("logits_ptr", "vocab", "stride")
+def filter_search_kernel(
     logits_ptr,
     temperature_ptr,
     top_p_ptr,
     state_ptr,
-    list_ptr,  # [rows, LIST] int64
+    list_ptr,
     order_ptr,
     limit_ptr,
     vocab,
     stride,
-    chunks,
     ROW: tl.constexpr,
     STATE: tl.constexpr,
     BINS: tl.constexpr,
@@ -290,71 +315,70 @@ def filter_list_kernel(
     ID_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    state = state_ptr + row * ROW
-    list_row, row_ptr = list_ptr + row * LIST, logits_ptr + row * stride
+    row = tl.program_id(0).to(tl.int64)
+    state, row_ptr = state_ptr + row * ROW, logits_ptr + row * stride
     pending = tl.load(state + _PENDING)
     if pending != 0:
-        best = _best_of(state)
-        ids = chunk * CHUNK + tl.arange(0, CHUNK)
-        logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
-        _list_tokens(logits, ids, vocab, state, list_row, best, LIST, ID_BITS, False)
-        tl.debug_barrier()
-        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
-            temperature, top_p = tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
-            listed = tl.load(state + _LISTED, cache_modifier=".cg")
-            low_bin, high_bin = tl.load(state + _FROM), tl.load(state + _TO)
-            left = tl.load(state + _LEFT)
-            tl.debug_barrier()  # every warp has read them
-            tl.store(state + _ARRIVED, 0)
-            tl.store(state + _LISTED, 0)
-            tl.store(state + _PENDING, 0)
-            overflows = listed > LIST
-            i = tl.arange(0, LIST)
-            none = tl.full((LIST,), -9223372036854775808, dtype=tl.int64)
-            keys = tl.load(list_row + i, mask=i < listed, other=-9223372036854775808, cache_modifier=".cg")
-            ones = tl.full((LIST,), 1, dtype=tl.int64)
-            high = _key_of(best, tl.zeros((), dtype=tl.int64), ID_BITS) + 1
-            low = tl.min(tl.where(keys == none, high, keys), axis=0)
-            if overflows:
-                low = tl.full((), -2147483648, dtype=tl.int64) << ID_BITS
-            values = tl.where(keys == none, best, _logit_of(keys >> ID_BITS))
-            weights = tl.where(keys == none, 0, _weight_of(values, best, temperature))
-            found = low
-            if pending == 1:
-                found = _search(
-                    low, high, left, keys, ones, overflows, row_ptr, vocab, low_bin, high_bin, best,
-                    temperature, False, ID_BITS, CHUNK,
+        best, temperature, top_p = _best_of(state), tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
+        listed, left = tl.load(state + _LISTED), tl.load(state + _LEFT)
+        low_bin, high_bin = tl.load(state + _FROM), tl.load(state + _TO)
+        tl.debug_barrier()  # every warp has read them
+        tl.store(state + _LISTED, 0)
+        tl.store(state + _PENDING, 0)
+        overflows = listed > LIST
+        i = tl.arange(0, LIST)
+        none = tl.full((LIST,), -9223372036854775808, dtype=tl.int64)
+        keys = tl.load(list_ptr + row * LIST + i, mask=i < listed, other=-9223372036854775808)
+        values = tl.where(keys == none, best, _logit_of(keys >> ID_BITS))
+        weights = tl.where(keys == none, 0, _weight_of(values, best, temperature))
+        ones = tl.full((LIST,), 1, dtype=tl.int64)
+        high = _key_of(best, tl.zeros((), dtype=tl.int64), ID_BITS) + 1
+        low = tl.min(tl.where(keys == none, high, keys), axis=0)
+        if overflows:
+            low = tl.full((), -2147483648, dtype=tl.int64) << ID_BITS
+        found = low
+        if pending == 1:
+            found = _search(
+                low, high, left, keys, ones, overflows, row_ptr, vocab, low_bin, high_bin, best,
+                temperature, False, ID_BITS, CHUNK,
+            )  # fmt: skip
+            if top_p < 1.0:
+                # what top-k left, weighed
+                b = tl.arange(0, BINS)
+                of_bin = tl.where(b < low_bin, tl.load(state + STATE + BINS + b), 0)
+                before = tl.sum(of_bin, axis=0)
+                kept = _measure(
+                    keys, weights, overflows, found, row_ptr, vocab, low_bin, high_bin, best, temperature,
+                    True, ID_BITS, CHUNK,
                 )  # fmt: skip
-                if top_p < 1.0:
-                    # what top-k left, weighed
-                    b = tl.arange(0, BINS)
-                    of_bin = tl.load(state + STATE + BINS + b, cache_modifier=".cg")
-                    of_bin = tl.where(b < low_bin, of_bin, 0)
-                    before = tl.sum(of_bin, axis=0)
-                    kept = _measure(
-                        keys, weights, overflows, found, row_ptr, vocab, low_bin, high_bin, best,
-                        temperature, True, ID_BITS, CHUNK,
-                    )  # fmt: skip
-                    wanted = _wanted(top_p, before + kept)
-                    if wanted <= before:
-                        _seek_weight(state, of_bin, wanted, BINS)
-                    else:
-                        left = wanted - before
-                        low = found
-                        pending = tl.full((), 2, dtype=tl.int64)
-            if pending == 2:
-                found = _search(
-                    low, high, left, keys, weights, overflows, row_ptr, vocab, low_bin, high_bin, best,
-                    temperature, True, ID_BITS, CHUNK,
-                )  # fmt: skip
-            # after a top-k that leaves top-p to the next pass this is not the end, but not wrong either
-            tl.store(order_ptr + row, (found >> ID_BITS).to(tl.int32))
-            last = (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1))
-            tl.store(limit_ptr + row, (last + 1).to(tl.int32))
+                wanted = _wanted(top_p, before + kept)
+                if wanted <= before:
+                    _seek_weight(state, of_bin, wanted, BINS)
+                else:
+                    left = wanted - before
+                    low = found
+                    pending = tl.full((), 2, dtype=tl.int64)
+        if pending == 2:
+            found = _search(
+                low, high, left, keys, weights, overflows, row_ptr, vocab, low_bin, high_bin, best,
+                temperature, True, ID_BITS, CHUNK,
+            )  # fmt: skip
+        # after a top-k that leaves top-p to the next pass this is not the end, but not wrong either
+        tl.store(order_ptr + row, (found >> ID_BITS).to(tl.int32))
+        last = (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1))
+        tl.store(limit_ptr + row, (last + 1).to(tl.int32))
 
 
 @triton.jit
+def _logprob_of(logits, state):
+    """Log-probabilities, of a row whose total weight is known; NaN where no logit is above -inf."""
+    total = tl.load(state + _TOTAL)
+    nothing = total == 0
+    share = (tl.where(nothing, 1, total).to(tl.float64) / 1099511627776.0).to(tl.float32)
+    return tl.where(nothing, float("nan"), logits - _some_best_of(state) - tl.log(share))
+
+
+@one_form("logits_ptr", "vocab", "stride")
 def top_bins_kernel(
     logits_ptr,
     tokens_ptr,  # [rows] int64
@@ -363,17 +387,14 @@ def top_bins_kernel(
     num_top,
     vocab,
     stride,
-    chunks,
     ROW: tl.constexpr,
     STATE: tl.constexpr,
-    BINS: tl.constexpr,
-    LIST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     state, row_ptr = state_ptr + row * ROW, logits_ptr + row * stride
     best = _some_best_of(state)
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     there = ids < vocab
     logits = legal(tl.load(row_ptr + ids, mask=there, other=float("-inf")))
     own = legal(tl.load(row_ptr + tl.maximum(tl.load(tokens_ptr + row), 0)))
@@ -383,79 +404,76 @@ def top_bins_kernel(
     if num_top > 0:
         ones = tl.full((CHUNK,), 1, dtype=tl.int64)
         tl.atomic_add(state + STATE + _bin_of(logits, best), ones, mask=there, sem="relaxed")
-        tl.debug_barrier()
-        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
-            tl.store(state + _ARRIVED, 0)
-            counts = tl.load(state + STATE + tl.arange(0, BINS), cache_modifier=".cg")
-            _seek_count(state, counts, num_top.to(tl.int64), LIST, BINS)
-            tl.store(state + _FROM, 0)  # those above are wanted as well
 
 
-@triton.jit
-def top_list_kernel(
+@one_form()
+def top_seek_kernel(
     logits_ptr,
     tokens_ptr,
     state_ptr,
-    list_ptr,
     greater_ptr,
     logprob_ptr,  # [rows] float32, written
     rank_ptr,  # [rows] int64, written
+    num_top,
+    stride,
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    LIST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    state = state_ptr + row * ROW
+    token = tl.load(tokens_ptr + row)
+    own = legal(tl.load(logits_ptr + row * stride + tl.maximum(token, 0)))
+    tl.store(logprob_ptr + row, tl.where(token < 0, float("-inf"), _logprob_of(own, state)))
+    tl.store(rank_ptr + row, tl.where(token < 0, 0, tl.load(greater_ptr + row).to(tl.int64) + 1))
+    if num_top > 0:
+        counts = tl.load(state + STATE + tl.arange(0, BINS))
+        _seek_count(state, counts, num_top.to(tl.int64), LIST, BINS)
+        tl.debug_barrier()
+        tl.store(state + _FROM, 0)  # those above are wanted as well
+
+
+@one_form("logits_ptr", "vocab", "stride")
+def top_pick_kernel(
+    logits_ptr,
+    state_ptr,
+    list_ptr,
     ids_ptr,  # [rows, num_top] int64, written
     values_ptr,  # [rows, num_top] float32, written
     num_top,
     vocab,
     stride,
-    chunks,
     ROW: tl.constexpr,
     LIST: tl.constexpr,
     ID_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     state, row_ptr = state_ptr + row * ROW, logits_ptr + row * stride
-    list_row = list_ptr + row * LIST
-    best = _some_best_of(state)
-    total = tl.load(state + _TOTAL)
-    nothing = total == 0  # no logit is above -inf: there are no probabilities
-    log_total = tl.log((tl.where(nothing, 1, total).to(tl.float64) / 1099511627776.0).to(tl.float32))
-    if chunk == 0:
-        token = tl.load(tokens_ptr + row)
-        own = legal(tl.load(row_ptr + tl.maximum(token, 0)))
-        rank = tl.load(greater_ptr + row).to(tl.int64) + 1
-        logprob = tl.where(nothing, float("nan"), own - best - log_total)
-        tl.store(logprob_ptr + row, tl.where(token < 0, float("-inf"), logprob))
-        tl.store(rank_ptr + row, tl.where(token < 0, 0, rank))
-    if num_top > 0:
-        ids = chunk * CHUNK + tl.arange(0, CHUNK)
-        logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
-        _list_tokens(logits, ids, vocab, state, list_row, best, LIST, ID_BITS, True)
-        tl.debug_barrier()
-        if tl.atomic_add(state + _ARRIVED, 1, sem="acq_rel") == chunks - 1:
-            listed = tl.load(state + _LISTED, cache_modifier=".cg")
-            i = tl.arange(0, LIST)
-            none = tl.full((), -9223372036854775808, dtype=tl.int64)
-            keys = tl.load(list_row + i, mask=i < listed, other=-9223372036854775808, cache_modifier=".cg")
-            last = tl.full((), 9223372036854775807, dtype=tl.int64)
-            for place in range(num_top):
-                found = tl.max(tl.where(keys < last, keys, none), axis=0)
-                if listed > LIST:
-                    found = none
-                    for start in range(0, vocab, CHUNK):
-                        others = start + tl.arange(0, CHUNK)
-                        values = legal(tl.load(row_ptr + others, mask=others < vocab, other=float("-inf")))
-                        key = _key_of(values, others, ID_BITS)
-                        below = (key < last) & (others < vocab)
-                        found = tl.maximum(found, tl.max(tl.where(below, key, none), axis=0))
-                last = found
-                token = (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1))
-                tl.store(ids_ptr + row * num_top + place, token)
-                value = _logit_of(found >> ID_BITS) - best - log_total
-                tl.store(values_ptr + row * num_top + place, tl.where(nothing, float("nan"), value))
+    listed = tl.load(state + _LISTED)
+    i = tl.arange(0, LIST)
+    none = tl.full((), -9223372036854775808, dtype=tl.int64)
+    keys = tl.load(list_ptr + row * LIST + i, mask=i < listed, other=-9223372036854775808)
+    last = tl.full((), 9223372036854775807, dtype=tl.int64)
+    for place in range(num_top):
+        found = tl.max(tl.where(keys < last, keys, none), axis=0)
+        if listed > LIST:
+            found = none
+            for start in range(0, vocab, CHUNK):
+                ids = start + tl.arange(0, CHUNK)
+                logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
+                key = _key_of(logits, ids, ID_BITS)
+                below = (key < last) & (ids < vocab)
+                found = tl.maximum(found, tl.max(tl.where(below, key, none), axis=0))
+        last = found
+        tl.store(ids_ptr + row * num_top + place, (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1)))
+        tl.store(values_ptr + row * num_top + place, _logprob_of(_logit_of(found >> ID_BITS), state))
 
 
 def chunk_of(rows: int, vocab: int) -> int:
     """Tokens of a program: fewer where there are few rows, so that all of the GPU reads."""
-    return min(1024 if rows <= 8 else 4096, next_power_of_2(vocab))
+    return min(1024 if rows <= 8 else 2048, next_power_of_2(vocab))
 
 
 def _check(logits: torch.Tensor) -> None:
@@ -477,27 +495,36 @@ def thresholds(
     rows, vocab = logits.shape
     order, limit = (torch.empty(rows, dtype=torch.int32, device=logits.device) for _ in range(2))
     best = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    row = STATE + 2 * BINS
+    row, id_bits = STATE + 2 * BINS, max(1, (vocab - 1).bit_length())
     for start in range(0, rows, _ROWS):
         part = slice(start, min(start + _ROWS, rows))
         mine, count = logits[part], part.stop - start
         chunk = chunk_of(count, vocab)
         chunks = -(-vocab // chunk)
         state = torch.zeros(count, row, dtype=torch.int64, device=logits.device)
+        columns = temperature[part], top_k[part], top_p[part]
         best_kernel[(count, chunks)](mine, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4)
-        filter_bins_kernel[(count, chunks)](
-            mine, temperature[part], top_k[part], top_p[part], state, order[part], limit[part], best[part],
-            vocab, logits.stride(0), chunks, ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, CHUNK=chunk,
+        if any_cut:
+            filter_bins_kernel[(count, chunks)](
+                mine, *columns, state, vocab, logits.stride(0), ROW=row, STATE=STATE, BINS=BINS, CHUNK=chunk,
+                num_warps=4,
+            )  # fmt: skip
+        filter_seek_kernel[(count,)](
+            *columns, state, order[part], limit[part], best[part], ROW=row, STATE=STATE, BINS=BINS, LIST=LIST,
             num_warps=8,
         )  # fmt: skip
         if not any_cut:
             continue
         listed = torch.empty(count, LIST, dtype=torch.int64, device=logits.device)
         for _ in range(2 if any_both else 1):
-            filter_list_kernel[(count, chunks)](
-                mine, temperature[part], top_p[part], state, listed, order[part], limit[part], vocab,
-                logits.stride(0), chunks, ROW=row, STATE=STATE, BINS=BINS, LIST=LIST,
-                ID_BITS=(vocab - 1).bit_length() or 1, CHUNK=chunk, num_warps=8,
+            list_kernel[(count, chunks)](
+                mine, state, listed, vocab, logits.stride(0), ALL=False, ROW=row, LIST=LIST,
+                ID_BITS=id_bits, CHUNK=chunk, num_warps=4,
+            )  # fmt: skip
+            filter_search_kernel[(count,)](
+                mine, columns[0], columns[2], state, listed, order[part], limit[part], vocab,
+                logits.stride(0), ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, ID_BITS=id_bits, CHUNK=min(LIST, chunk),
+                num_warps=8,
             )  # fmt: skip
     return order, limit, best
 
@@ -520,7 +547,7 @@ def top(
     ranks = torch.empty(rows, dtype=torch.int64, device=device)
     ids = torch.empty(rows, num_top, dtype=torch.int64, device=device)
     values = torch.empty(rows, num_top, dtype=torch.float32, device=device)
-    row = STATE + 2 * BINS
+    row, id_bits = STATE + 2 * BINS, max(1, (vocab - 1).bit_length())
     for start in range(0, rows, _ROWS):
         part = slice(start, min(start + _ROWS, rows))
         mine, count = logits[part], part.stop - start
@@ -528,15 +555,24 @@ def top(
         chunks = -(-vocab // chunk)
         state = torch.zeros(count, row, dtype=torch.int64, device=device)
         greater = torch.zeros(count, dtype=torch.int32, device=device)
-        listed = torch.empty(count, LIST if num_top else 0, dtype=torch.int64, device=device)
         best_kernel[(count, chunks)](mine, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4)
         top_bins_kernel[(count, chunks)](
-            mine, tokens[part], state, greater, num_top, vocab, logits.stride(0), chunks, ROW=row,
-            STATE=STATE, BINS=BINS, LIST=LIST, CHUNK=chunk, num_warps=8,
+            mine, tokens[part], state, greater, num_top, vocab, logits.stride(0), ROW=row, STATE=STATE,
+            CHUNK=chunk, num_warps=4,
         )  # fmt: skip
-        top_list_kernel[(count, chunks if num_top else 1)](
-            mine, tokens[part], state, listed, greater, logprobs[part], ranks[part], ids[part], values[part],
-            num_top, vocab, logits.stride(0), chunks, ROW=row, LIST=LIST,
-            ID_BITS=(vocab - 1).bit_length() or 1, CHUNK=chunk, num_warps=8,
+        top_seek_kernel[(count,)](
+            mine, tokens[part], state, greater, logprobs[part], ranks[part], num_top, logits.stride(0),
+            ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, num_warps=8,
+        )  # fmt: skip
+        if not num_top:
+            continue
+        listed = torch.empty(count, LIST, dtype=torch.int64, device=device)
+        list_kernel[(count, chunks)](
+            mine, state, listed, vocab, logits.stride(0), ALL=True, ROW=row, LIST=LIST, ID_BITS=id_bits,
+            CHUNK=chunk, num_warps=4,
+        )  # fmt: skip
+        top_pick_kernel[(count,)](
+            mine, state, listed, ids[part], values[part], num_top, vocab, logits.stride(0), ROW=row,
+            LIST=LIST, ID_BITS=id_bits, CHUNK=min(LIST, chunk), num_warps=8,
         )  # fmt: skip
     return logprobs, ranks, ids, values

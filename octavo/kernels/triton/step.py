@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
-from octavo.kernels.triton.launch import next_power_of_2
+from octavo.kernels.triton.launch import next_power_of_2, one_form
 
 # Columns of a row table, int32: slot, rows, 1 for a verify, first token row, first row of logits,
 # place among the sampled requests or -1.
@@ -26,7 +25,7 @@ ENTER_VALUES = 3  # of ENTER, before the stop ids: tokens, computed tokens, limi
 BLOCK = 256  # token rows of a program
 
 
-@triton.jit
+@one_form()
 def change_kernel(
     changes_ptr,  # [changes, 5] int32
     values_ptr,  # int32
@@ -71,7 +70,7 @@ def change_kernel(
             tl.store(finished_ptr + slot, 1)
 
 
-@triton.jit
+@one_form()
 def prepare_kernel(
     rows_ptr,  # [num_reqs, 6] int32
     tokens_ptr,  # the slot tables, as above
@@ -158,7 +157,7 @@ def prepare_kernel(
             tl.store(draw_positions_ptr + where, draws, mask=j < columns)
 
 
-@triton.jit
+@one_form()
 def finish_kernel(
     rows_ptr,  # [num_reqs, 6] int32
     num_valid_ptr,  # [num_reqs] int64

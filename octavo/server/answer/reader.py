@@ -52,4 +52,4 @@ class AnswerReader:
         pieces = self._tools.feed(text, final=final)
         if self._max_calls is None:
             return pieces
-        return [p for p in pieces if p.kind == "content" or p.index < self._max_calls]
+        return [p for p in pieces if p.kind == "content" or p.call_index < self._max_calls]

@@ -21,7 +21,9 @@ class ToolFormat(NamedTuple):
 # In this order: should a template hold marks of two families, the first is taken.
 FORMATS = (
     ToolFormat("mistral", ("[TOOL_CALLS]",), ("[TOOL_CALLS]", "[ARGS]"), lambda _, drop: MistralParser(drop)),
-    ToolFormat("hermes", ("<tool_call>",), ("<tool_call>", "</tool_call>"), lambda _, drop: HermesParser(drop)),
+    ToolFormat(
+        "hermes", ("<tool_call>",), ("<tool_call>", "</tool_call>"), lambda _, drop: HermesParser(drop)
+    ),
     ToolFormat("llama3_json", ("<|python_tag|>", "ipython"), ("<|python_tag|>",), LlamaParser),
 )
 HERMES = FORMATS[1]

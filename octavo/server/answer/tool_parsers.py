@@ -21,13 +21,13 @@ from octavo.server.answer.markers import MarkScanner
 class Piece(NamedTuple):
     """Something that a piece of text made certain.
 
-    content, reasoning: more `text`. call: call number `index` begins, and `text` is the function's name.
-    arguments: more of the arguments of call `index`, as JSON text.
+    content, reasoning: more `text`. call: call number `call_index` begins, `text` is the function's name.
+    arguments: more of the arguments of call `call_index`, as JSON text.
     """
 
     kind: Literal["content", "reasoning", "call", "arguments"]
     text: str
-    index: int = 0
+    call_index: int = 0
 
 
 class ToolParser(Protocol):
@@ -295,7 +295,7 @@ class _NamedCall:
 
 
 class _CallList:
-    """A JSON list of calls, `[{"name": …, "arguments": …}, …]`. `before` stands for it until one has begun."""
+    """A JSON list of calls, `[{"name": …, "arguments": …}, …]`. `before` is the text it may have to be."""
 
     _EXPECTED: ClassVar = {"start": "[", "item": "{]", "behind": ",]"}
 
@@ -357,3 +357,18 @@ class ArgumentsParser:
         if text:
             pieces.append(Piece("arguments", text))
         return pieces
+
+
+class PlainParser(_Parser):
+    """No calls at all: only texts of special tokens are taken out."""
+
+    def __init__(self, dropped: Iterable[str]) -> None:
+        super().__init__()
+        self._marks = MarkScanner(dropped)
+
+    def _advance(self, pieces: list[Piece], final: bool) -> bool:
+        text, mark, self._text = self._marks.cut(self._text)
+        self._content(pieces, text)
+        if mark is None and final:
+            self._content(pieces, self._marks.release())
+        return mark is not None

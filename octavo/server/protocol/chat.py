@@ -93,7 +93,7 @@ class ChatRequest(GenerationRequest):
         **COMMON_IGNORED,
         "store": "nothing is stored",
         "safety_identifier": "not used",
-        "prompt_cache_key": "prompts that begin alike share their cache without it; cache_salt keeps them apart",
+        "prompt_cache_key": "prompts that begin alike share their cache anyway; cache_salt parts them",
         "prompt_cache_retention": "the cache keeps what fits",
         "prompt_cache_options": "the cache keeps what fits",
     }
@@ -108,21 +108,23 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(None, description="as max_tokens; default: the rest of the context")
+    max_completion_tokens: int | None = Field(
+        None, description="as max_tokens; default: the rest of the context"
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
-    metadata: dict[str, str] | None = Field(None, description="returned with the answer")
-    reasoning_effort: str | None = Field(None, description="given to the chat template, where it knows it")
-    verbosity: str | None = Field(None, description="given to the chat template, where it knows it")
-    include_reasoning: bool | None = Field(None, description="false: leave the reasoning out of the answer")
+    metadata: dict[str, str] | None = Field(default=None, description="returned with the answer")
+    reasoning_effort: str | None = Field(default=None, description="given to the chat template, where it knows it")
+    verbosity: str | None = Field(default=None, description="given to the chat template, where it knows it")
+    include_reasoning: bool | None = Field(default=None, description="false: leave the reasoning out of the answer")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = Field(None, description="given to the chat template")
+    documents: list[dict[str, Any]] | None = Field(default=None, description="given to the chat template")
 
     def check(self, settings: ServeSettings) -> list[str]:
         """See GenerationRequest."""
@@ -135,7 +137,8 @@ class ChatRequest(GenerationRequest):
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= settings.max_logprobs:
             raise RequestError(
-                f"top_logprobs must be from 0 to {settings.max_logprobs}, not {self.top_logprobs}", "top_logprobs"
+                f"top_logprobs must be from 0 to {settings.max_logprobs}, not {self.top_logprobs}",
+                "top_logprobs",
             )
         if (
             self.max_tokens is not None
@@ -206,6 +209,9 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
             parsed = None
         if isinstance(parsed, dict):
             arguments = parsed
-    function = {**call.function.model_dump(exclude_none=True), "arguments": {} if arguments is None else arguments}
+    function = {
+        **call.function.model_dump(exclude_none=True),
+        "arguments": {} if arguments is None else arguments,
+    }
     plain: dict[str, Any] = {"type": "function", "function": function}
     return plain if call.id is None else {"id": call.id, **plain}

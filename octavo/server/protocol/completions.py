@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -33,22 +34,23 @@ class CompletionRequest(GenerationRequest):
             raise RequestError("prompt is an empty list; it needs at least one prompt", "prompt")
         if len(prompts) > settings.max_prompts:
             raise RequestError(
-                f"{len(prompts)} prompts are more than the {settings.max_prompts} of one request allowed", "prompt"
+                f"{len(prompts)} prompts are more than the {settings.max_prompts} of one request allowed",
+                "prompt",
             )
         if self.max_tokens is not None and self.max_tokens < 0:
             raise RequestError(f"max_tokens must be at least 0, not {self.max_tokens}", "max_tokens")
         if self.max_tokens == 0 and not self.echo:
-            raise RequestError("max_tokens 0 asks for nothing without echo; set echo or more tokens", "max_tokens")
+            raise RequestError(
+                "max_tokens 0 asks for nothing without echo; set echo or more tokens", "max_tokens"
+            )
         return warnings
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, one or several, each a text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        given: Any = self.prompt
+        is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+        return [given] if is_one else given
 
     @property
     def only_prompt(self) -> bool:

@@ -44,9 +44,9 @@ COMMON_REFUSED = {
 class StreamOptions(ApiModel):
     """What a stream tells beside the text."""
 
-    include_usage: bool | None = Field(None, description="one more chunk at the end, with the usage")
-    continuous_usage_stats: bool | None = Field(None, description="the usage so far in every chunk")
-    include_obfuscation: bool | None = Field(None, description="streams are never padded")
+    include_usage: bool | None = Field(default=None, description="one more chunk at the end, with the usage")
+    continuous_usage_stats: bool | None = Field(default=None, description="the usage so far in every chunk")
+    include_obfuscation: bool | None = Field(default=None, description="streams are never padded")
 
 
 class JsonSchemaFormat(ApiModel):
@@ -54,7 +54,7 @@ class JsonSchemaFormat(ApiModel):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -68,7 +68,7 @@ class ResponseFormat(ApiModel):
 class StructuredOutputs(ApiModel):
     """Exactly one of them: the form of the answer, in vLLM's spelling."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -88,11 +88,11 @@ class GenerationRequest(ApiRequest):
     IGNORED: ClassVar[Mapping[str, str]] = COMMON_IGNORED
     REFUSED: ClassVar[Mapping[str, str]] = COMMON_REFUSED
 
-    model: str | None = Field(None, description="one of /v1/models; left out, the only one")
+    model: str | None = Field(default=None, description="one of /v1/models; left out, the only one")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
-    best_of: int | None = Field(None, description="answers made, of which the n best are returned")
+    best_of: int | None = Field(default=None, description="answers made, of which the n best are returned")
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -106,14 +106,16 @@ class GenerationRequest(ApiRequest):
     include_stop_str_in_output: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="token id -> what is added to its logit")
+    logit_bias: dict[str, float] | None = Field(default=None, description="token id -> what is added to its logit")
     max_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = Field(None, description="keep the last so many prompt tokens; -1: fit")
+    truncate_prompt_tokens: int | None = Field(
+        None, description="keep the last so many prompt tokens; -1: fit"
+    )
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
@@ -127,7 +129,7 @@ class GenerationRequest(ApiRequest):
     num_speculative_tokens: int | Literal["auto"] | None = None
     cache_salt: str | None = None
     priority: int | None = None
-    trace: bool | None = Field(None, description="one record a verification in usage.speculation")
+    trace: bool | None = Field(default=None, description="one record a verification in usage.speculation")
 
     @property
     def streams(self) -> bool:
@@ -156,7 +158,8 @@ class GenerationRequest(ApiRequest):
         _at_most("prompt_logprobs", self.prompt_logprobs, settings.max_logprobs)
         if self.streams and self.ranks_answers:
             raise RequestError(
-                "best_of cannot stream: which answers are best is known at the end; set stream to false", "best_of"
+                "best_of cannot stream: which answers are best is known at the end; set stream to false",
+                "best_of",
             )
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         _at_most("stop (its number of texts)", len(stops), settings.max_stop)
@@ -226,7 +229,8 @@ def check_form(form: Mapping[str, Any], settings: ServeSettings, param: str) -> 
             )
         if depth > settings.max_schema_depth:
             raise RequestError(
-                f"{param} is nested deeper than the {settings.max_schema_depth} levels this server allows", param
+                f"{param} is nested deeper than the {settings.max_schema_depth} levels this server allows",
+                param,
             )
 
 

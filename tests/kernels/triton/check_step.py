@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,135 +11,26 @@ from tests.kernels.triton import interpreter
 
 interpreter.enable()
 
-from octavo.core.messages import NewSlot, RowKind, Rows, SchedulerOutput, SlotBlocks, SlotKey  # noqa: E402
+from octavo.core.messages import NewSlot, RowKind, Rows, SchedulerOutput  # noqa: E402
 from octavo.sampling_params import SamplingParams  # noqa: E402
 from octavo.worker.cuda_graph import GraphSizes, StepBuffers  # noqa: E402
 from octavo.worker.gpu_step import GpuStep  # noqa: E402
 from octavo.worker.input_batch import DeviceState  # noqa: E402
-from octavo.worker.step_math import StepInputs, StepMath, TorchStep, Verdict  # noqa: E402
+from tests.kernels.random_life import BLOCK_SIZE, MAX_LEN, SLOTS, compare  # noqa: E402
 from tests.worker.test_random_steps import RunnerSimulation  # noqa: E402
 
-SLOTS, MAX_LEN, BLOCK_SIZE = 6, 700, 16
 CPU = torch.device("cpu")
-TABLES = (
-    "tokens", "num_tokens", "num_computed", "num_drafts", "limit", "finished", "stop_ids", "block_table",
-)  # fmt: skip
-
-
-@dataclass
-class Life:
-    """Random steps, as a scheduler might ask for them."""
-
-    seed: int
-    rng: random.Random = field(init=False)
-    known: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> tokens, computed of the prompt
-    step_id: int = 0
-
-    def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
-
-    def next(self) -> SchedulerOutput:
-        """Some requests leave, some enter, some get blocks, all others rows."""
-        rng = self.rng
-        out = SchedulerOutput(self.step_id)
-        self.step_id += 1
-        for slot in list(self.known):
-            if rng.random() < 0.15:
-                del self.known[slot]
-                out.freed_slots.append(slot)
-        for slot in range(SLOTS):
-            if slot in self.known or rng.random() < 0.4:
-                continue
-            count = rng.randint(1, 500)
-            computed = rng.randint(0, count - 1)
-            self.known[slot] = count, computed
-            stops = tuple(rng.randrange(9) for _ in range(rng.choice([0, 1, 3, 11])))
-            out.new_slots.append(
-                NewSlot(
-                    slot, 1, str(slot), [rng.randrange(9) for _ in range(count)], count,
-                    rng.sample(range(1, 999), -(-count // BLOCK_SIZE)), computed, SamplingParams(), 0, stops,
-                    count + rng.randint(1, 40),
-                )
-            )  # fmt: skip
-        if not self.known:
-            return self.next()
-        for slot, (count, computed) in self.known.items():
-            if computed < count:
-                rows = rng.choice([count - computed, rng.randint(1, count - computed)])
-                self.known[slot] = count, computed + rows
-                out.rows.append(Rows(slot, rows, RowKind.CHUNK, computed + rows == count))
-            else:
-                out.rows.append(Rows(slot, rng.randint(1, 7), RowKind.VERIFY, True))
-                if rng.random() < 0.3:
-                    out.new_blocks.append(SlotBlocks(slot, [rng.randrange(999)]))
-        rng.shuffle(out.rows)
-        out.row_keys = [SlotKey(rows.slot, 1, str(rows.slot)) for rows in out.rows]
-        return out
-
-
-def draft(state: DeviceState, rng: random.Random, slots: list[int]) -> None:
-    """Some drafts behind the known tokens."""
-    for slot in slots:
-        known = int(state.num_tokens[slot])
-        count = 0 if state.finished[slot] else rng.randint(0, 6)
-        state.tokens[slot, known : known + count] = torch.tensor(
-            [rng.randrange(9) for _ in range(count)], dtype=torch.int32
-        )
-        state.num_drafts[slot] = count
-
-
-def assert_same_inputs(ours: StepInputs, theirs: StepInputs, state: DeviceState) -> None:
-    for name in ("input_ids", "positions", "num_valid", "logits_rows", "draw_positions"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.logits_slots.tolist() == theirs.logits_slots.tolist()
-    mine, meta = ours.metadata, theirs.metadata
-    for name in ("query_start_loc", "seq_lens", "slot_mapping", "positions"):
-        assert torch.equal(getattr(mine, name), getattr(meta, name)), name
-    for name in ("num_reqs", "num_tokens", "max_query_len", "max_seq_len"):
-        assert getattr(mine, name) == getattr(meta, name), name
-    assert mine.table_rows is not None
-    width = meta.block_table.shape[1]
-    expected = meta.block_table if meta.table_rows is None else meta.block_table[meta.table_rows.long()]
-    assert torch.equal(state.block_table[mine.table_rows.long(), :width], expected)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_as_plain_torch(graphs: bool) -> None:
-    emitted = 0
-    for seed in (1, 2):
-        states = [DeviceState(SLOTS, MAX_LEN, BLOCK_SIZE, CPU) for _ in range(2)]
-        buffers = StepBuffers.allocate(4000, SLOTS, states[0].block_table) if graphs else None
-        sizes = GraphSizes.of([8, 64, 512]) if graphs else None
-        both: list[StepMath] = [GpuStep(states[0], buffers, sizes), TorchStep(states[1])]
-        life, rng = Life(seed), random.Random(seed)
-        for _ in range(12):
-            out = life.next()
-            inputs: list[StepInputs] = []
-            for steps in both:
-                steps.change_slots(out)
-                inputs.append(steps.prepare(out))
-            assert_same_inputs(inputs[0], inputs[1], states[1])
-            drawn = torch.tensor([rng.randrange(-1, 9) for _ in inputs[0].logits_rows], dtype=torch.int64)
-            for index in range(len(drawn)):  # let many drafts be right
-                row = int(inputs[0].logits_rows[index])
-                if index + 1 < len(drawn) and rng.random() < 0.7 and row + 1 < len(inputs[0].input_ids):
-                    drawn[index] = inputs[0].input_ids[row + 1]
-            verdicts: list[Verdict | None] = [
-                steps.finish(out, mine, drawn if len(drawn) else None)
-                for steps, mine in zip(both, inputs, strict=True)
-            ]
-            assert (verdicts[0] is None) == (verdicts[1] is None)
-            if verdicts[0] is not None and verdicts[1] is not None:
-                assert torch.equal(verdicts[0].tokens, verdicts[1].tokens)
-                assert torch.equal(verdicts[0].numbers, verdicts[1].numbers)
-                emitted += int(verdicts[0].numbers[0].sum())
-            for name in TABLES:
-                assert torch.equal(getattr(states[0], name), getattr(states[1], name)), name
-            assert states[0].num_blocks == states[1].num_blocks
-            ready = [slot for slot, (count, computed) in life.known.items() if computed == count]
-            for state in states:
-                draft(state, random.Random(life.step_id), ready)
-    assert emitted > 30
+    def make(state: DeviceState) -> GpuStep:
+        if not graphs:
+            return GpuStep(state)
+        buffers = StepBuffers.allocate(4000, SLOTS, state.block_table)
+        return GpuStep(state, buffers, GraphSizes.of([8, 64, 512]))
+
+    assert compare(make, CPU, 1, 12) + compare(make, CPU, 2, 12) > 30
 
 
 def test_the_step_is_padded_to_its_graph() -> None:

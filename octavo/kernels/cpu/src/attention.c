@@ -53,7 +53,7 @@ static void load_queries(const attend_job *job, const item *it, const item_shape
         if (job->spec->dtype == OC_F32) {
             memcpy(to, from, sizeof(float) * (size_t)dim);
         } else if (KIND_BF16 == KIND_BF16_DOT) {
-            for (int d = 0; d < dim; d++) ((uint16_t *)to)[d] = f32_to_bf16(from[d]);
+            f32_to_bf16_row(from, 1.0f, (uint16_t *)to, dim);
         } else {
             for (int d = 0; d < dim; d++) ((float *)to)[d] = bf16_to_f32(f32_to_bf16(from[d]));
         }

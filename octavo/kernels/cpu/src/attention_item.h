@@ -102,8 +102,7 @@ static inline void write_out(const attend_job *job, const item *it, const item_s
             float *out = (float *)job->out + at;
             for (int d = 0; d < dim; d++) out[d] = a[d] * inverse;
         } else {
-            uint16_t *out = (uint16_t *)job->out + at;
-            for (int d = 0; d < dim; d++) out[d] = f32_to_bf16(a[d] * inverse);
+            f32_to_bf16_row(a, inverse, (uint16_t *)job->out + at, dim);
         }
     }
 }

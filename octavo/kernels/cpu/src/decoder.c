@@ -8,11 +8,16 @@
  * Every operation works row by row in a fixed order (linear.c, norm.c), so chunks change no bit.
  */
 #include <stdlib.h>
+#include <string.h>
 
-#include "octavo_cpu.h"
+#include "kv_cache.h"
+#include "linear.h"
+#include "memory.h"
 
 #define CHUNK_ROWS 256
 #define ALIGNMENT 64
+#define WARM_FROM_ROWS 24        /* with fewer rows products have no time to fetch anything */
+#define WARM_MOST (64 << 20)     /* bytes of a layer's KV cache */
 
 typedef struct {
     float *residual; /* [rows][hidden] */
@@ -21,6 +26,7 @@ typedef struct {
     void *normed;    /* [chunk][hidden] in dtype */
     void *activated; /* [chunk][intermediate] in dtype */
     int64_t *ids;    /* [rows] */
+    int64_t *warm;   /* [most_warm()] */
 } work_space;
 
 static int64_t widest(const oc_decoder *d, int which) {
@@ -31,6 +37,12 @@ static int64_t widest(const oc_decoder *d, int which) {
         if (width > most) most = width;
     }
     return most;
+}
+
+/* Half of the last-level cache may wait for attention; the other half passes by meanwhile. */
+static int64_t most_warm(void) {
+    const int64_t room = oc_last_level_cache() / 2;
+    return (room < WARM_MOST ? room : WARM_MOST) / OC_WARM_BYTES;
 }
 
 static void *take(uintptr_t *cursor, int64_t bytes) {
@@ -49,6 +61,7 @@ static uintptr_t lay_out(const oc_decoder *d, int64_t rows, uintptr_t base, work
     w->normed = take(&cursor, chunk * d->hidden * size);
     w->activated = take(&cursor, chunk * widest(d, 2) * size);
     w->ids = take(&cursor, rows * 8);
+    w->warm = take(&cursor, rows < WARM_FROM_ROWS ? 0 : most_warm() * 8);
     return cursor;
 }
 
@@ -59,6 +72,7 @@ static int32_t prepare(oc_decoder *d, int64_t rows, work_space *w) {
         d->scratch_bytes = 0;
         d->scratch = malloc((size_t)bytes);
         if (!d->scratch) return OC_NO_MEMORY;
+        oc_use_huge_pages(d->scratch, bytes);
         d->scratch_bytes = bytes;
     }
     const uintptr_t start = ((uintptr_t)d->scratch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -79,31 +93,71 @@ static int32_t embed(const oc_decoder *d, const oc_step *step, const int64_t *id
     return OC_OK;
 }
 
-static int32_t run_layer(const oc_decoder *d, const oc_decoder_layer *l, const oc_step *step,
-                         void *kv_cache, const work_space *w) {
+/* The parts of a layer's cache that attention will read and that were written in earlier steps, as
+ * offsets; of blocks that the request before has at the same place (a shared prefix) one is enough.
+ * Returns their number. */
+static int64_t find_warm(const oc_attn_spec *spec, const oc_step *step, int64_t *places) {
+    if (step->num_tokens < WARM_FROM_ROWS) return 0;
+    const int64_t most = most_warm(), block_bytes = oc_layout_of(spec).block_bytes;
+    int64_t count = 0;
+    for (int r = 0; r < step->num_reqs; r++) {
+        const int64_t rows = step->query_start_loc[r + 1] - step->query_start_loc[r];
+        const int64_t end = step->seq_lens[r] - rows;
+        const int64_t begin = spec->sliding_window > 0 ? end + 1 - spec->sliding_window : 0;
+        const int32_t *table = step->block_table + step->block_table_stride * r;
+        for (int64_t b = begin > 0 ? begin / spec->block_size : 0; b * spec->block_size < end; b++) {
+            if (r > 0 && table[b] == table[b - step->block_table_stride]) continue;
+            for (int64_t part = 0; part < block_bytes; part += OC_WARM_BYTES) {
+                if (count == most) return count;
+                places[count++] = table[b] * block_bytes + part;
+            }
+        }
+    }
+    return count;
+}
+
+/* Products of one layer fetch the cache of the next. */
+static void warm_next(const oc_decoder *d, const oc_step *step, void *const *kv_caches, int layer,
+                      const work_space *w, oc_warm_list *warm) {
+    if (layer >= d->num_layers) {
+        warm->count = 0;
+        return;
+    }
+    const oc_attn_spec *spec = &d->layers[layer].attention;
+    if (layer == 0 || memcmp(spec, &d->layers[layer - 1].attention, sizeof(*spec)) != 0)
+        warm->count = find_warm(spec, step, w->warm);
+    warm->base = kv_caches[layer];
+    warm->places = w->warm;
+    atomic_store(&warm->next, 0);
+}
+
+static int32_t run_layer(const oc_decoder *d, int layer, const oc_step *step, void *const *kv_caches,
+                         const work_space *w, oc_warm_list *warm) {
+    const oc_decoder_layer *l = &d->layers[layer];
     const int64_t rows = step->num_tokens, size = d->dtype == OC_F32 ? 4 : 2;
     int32_t failed = OC_OK;
     for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
         const int64_t m = rows - start < CHUNK_ROWS ? rows - start : CHUNK_ROWS;
         oc_rms_norm(w->residual + start * d->hidden, OC_F32, l->input_norm, d->eps, m, d->hidden,
                     w->normed, d->dtype);
-        failed |= oc_linear(w->normed, d->hidden, m, &l->qkv, l->qkv_bias,
-                            w->qkv + start * l->qkv.n, l->qkv.n, OC_F32, OC_STORE);
+        failed |= oc_linear_warming(w->normed, d->hidden, m, &l->qkv, l->qkv_bias,
+                                    w->qkv + start * l->qkv.n, l->qkv.n, OC_F32, OC_STORE, warm);
     }
     if (failed) return failed;
     oc_rope_store(&l->attention, step, w->qkv, d->cos, d->sin, d->rot_dim, l->q_norm, l->k_norm,
-                  d->eps, kv_cache);
-    oc_attend(&l->attention, step, w->qkv, l->qkv.n, kv_cache, w->attended, d->dtype);
+                  d->eps, kv_caches[layer]);
+    oc_attend(&l->attention, step, w->qkv, l->qkv.n, kv_caches[layer], w->attended, d->dtype);
+    warm_next(d, step, kv_caches, layer + 1, w, warm);
     for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
         const int64_t m = rows - start < CHUNK_ROWS ? rows - start : CHUNK_ROWS;
         float *residual = w->residual + start * d->hidden;
-        failed |= oc_linear((char *)w->attended + start * l->o.k * size, l->o.k, m, &l->o, l->o_bias,
-                            residual, d->hidden, OC_F32, OC_RESIDUAL);
+        failed |= oc_linear_warming((char *)w->attended + start * l->o.k * size, l->o.k, m, &l->o,
+                                    l->o_bias, residual, d->hidden, OC_F32, OC_RESIDUAL, warm);
         oc_rms_norm(residual, OC_F32, l->post_norm, d->eps, m, d->hidden, w->normed, d->dtype);
-        failed |= oc_linear(w->normed, d->hidden, m, &l->gate_up, l->gate_up_bias, w->activated,
-                            l->down.k, d->dtype, OC_SILU_MUL);
-        failed |= oc_linear(w->activated, l->down.k, m, &l->down, l->down_bias, residual, d->hidden,
-                            OC_F32, OC_RESIDUAL);
+        failed |= oc_linear_warming(w->normed, d->hidden, m, &l->gate_up, l->gate_up_bias, w->activated,
+                                    l->down.k, d->dtype, OC_SILU_MUL, warm);
+        failed |= oc_linear_warming(w->activated, l->down.k, m, &l->down, l->down_bias, residual,
+                                    d->hidden, OC_F32, OC_RESIDUAL, warm);
     }
     return failed;
 }
@@ -114,8 +168,11 @@ OC_EXPORT int32_t oc_decoder_forward(oc_decoder *d, const oc_step *step, const i
     work_space w;
     int32_t failed = prepare(d, step->num_tokens, &w);
     if (!failed) failed = embed(d, step, ids, &w);
+    if (failed) return failed;
+    oc_warm_list warm = {.count = 0};
+    warm_next(d, step, kv_caches, 0, &w, &warm);
     for (int i = 0; i < d->num_layers && !failed; i++)
-        failed = run_layer(d, &d->layers[i], step, kv_caches[i], &w);
+        failed = run_layer(d, i, step, kv_caches, &w, &warm);
     if (failed) return failed;
     oc_rms_norm(w.residual, OC_F32, d->final_norm, d->eps, step->num_tokens, d->hidden, hidden_out,
                 d->dtype);

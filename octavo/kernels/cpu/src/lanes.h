@@ -90,13 +90,7 @@ INLINE v16 v16_load_bf16(const bf16 *p) {
 /* Round to nearest even, NaN stays NaN: at every level the same. */
 INLINE void v16_store_bf16(bf16 *p, v16 x) {
 #if OC_VW == 16
-    const __m512 value = (__m512)x.part[0];
-    const vu bits = v_bits_of(x.part[0]);
-    const vu nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vu quiet = (bits >> 16) | 0x40u;
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i out = _mm512_mask_mov_epi32((__m512i)nearest, nan, (__m512i)quiet);
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(out));
+    _mm256_storeu_si256((__m256i *)p, v_to_bf16(x.part[0]));
 #else
     float lane[16];
     v16_store(lane, x);

@@ -77,7 +77,7 @@ OC_EXPORT void oc_rope_store(const oc_attn_spec *, const oc_step *, float *qkv, 
 OC_EXPORT void oc_attend(const oc_attn_spec *, const oc_step *, const float *q, int64_t q_stride,
                          const void *kv_cache, void *out, int32_t out_dtype);
 
-/* ---- linear.c ---------------------------------------------------------------------------- */
+/* ---- linear.c, pack.c ------------------------------------------------------------------------ */
 
 #define OC_PANEL 16 /* columns of W^T that are stored side by side */
 
@@ -90,6 +90,10 @@ typedef struct {
     int32_t dtype;
     int32_t gate_up;
 } oc_packed;
+
+static inline int64_t oc_panels_of(const oc_packed *w) {
+    return w->gate_up ? (w->n / 2 + 15) / 16 * 2 : (w->n + 15) / 16;
+}
 
 enum {
     OC_STORE = 0,    /* y = acc + bias */

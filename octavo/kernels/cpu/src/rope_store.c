@@ -82,23 +82,6 @@ static void store_value_bf16(const oc_layout *l, const uint16_t *value, uint16_t
     for (; d < l->head_dim; d++) out[2 * (int64_t)d] = value[d];
 }
 
-static void to_bf16(const float *from, uint16_t *to, int n) {
-    int i = 0;
-#if OC_LEVEL >= OC_LEVEL_AVX512
-    for (; i + 16 <= n; i += 16) {
-        const __m512i bits = _mm512_loadu_si512(from + i);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i out = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        out = _mm512_srli_epi32(out, 16);
-        const __mmask16 nan = _mm512_cmp_ps_mask((__m512)bits, (__m512)bits, _CMP_UNORD_Q);
-        const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
-        out = _mm512_mask_mov_epi32(out, nan, quiet);
-        _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtepi32_epi16(out));
-    }
-#endif
-    for (; i < n; i++) to[i] = f32_to_bf16(from[i]);
-}
-
 #define OC_HEAD_CHUNK 2048 /* Python refuses a larger head_dim */
 
 static void store_head(const store_job *job, char *head, int token, const void *key, const void *value,
@@ -124,10 +107,10 @@ static void store_head(const store_job *job, char *head, int token, const void *
     }
     uint16_t buffer[OC_HEAD_CHUNK];
     const uint16_t *row = key;
-    if (dtype == OC_F32) to_bf16(key, buffer, dim), row = buffer;
+    if (dtype == OC_F32) f32_to_bf16_row(key, 1.0f, buffer, dim), row = buffer;
     store_key_bf16(l, row, (uint32_t *)head, token);
     row = value;
-    if (dtype == OC_F32) to_bf16(value, buffer, dim), row = buffer;
+    if (dtype == OC_F32) f32_to_bf16_row(value, 1.0f, buffer, dim), row = buffer;
     store_value_bf16(l, row, (uint16_t *)values, token);
 }
 

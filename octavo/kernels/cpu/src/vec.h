@@ -157,6 +157,25 @@ INLINE vf v_round_bf16(vf x) {
     return v_from_bits((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
+#if OC_VW == 16
+/* Sixteen at once, as f32_to_bf16 rounds them. */
+INLINE __m256i v_to_bf16(vf x) {
+    const vu bits = v_bits_of(x);
+    const vu nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32((__m512i)nearest, nan, (__m512i)quiet));
+}
+#endif
+
+/* to[i] = from[i] * factor, for n values. */
+INLINE void f32_to_bf16_row(const float *from, float factor, uint16_t *to, int n) {
+    int i = 0;
+#if OC_VW == 16
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(to + i), v_to_bf16(v_load(from + i) * factor));
+#endif
+    for (; i < n; i++) to[i] = f32_to_bf16(from[i] * factor);
+}
+
 /* ---- exp ------------------------------------------------------------------------------------- */
 
 /* 2^x for x <= 0, relative error 2e-7; exactly 1 at 0; stays at 2^-126 below -126. NaN stays NaN. */

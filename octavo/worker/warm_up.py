@@ -1,0 +1,122 @@
+"""Runs once what serving will run, so that nothing is compiled or loaded while a request waits.
+
+Triton compiles a kernel when it is first launched in some form, which takes from a tenth of a second
+to several; from the cache on disk, it still takes milliseconds. The graphs have launched what lies in
+them. The rest is launched here: steps too large for a graph, the head, the draws, and the bookkeeping
+around a step. These are real steps of made-up requests, which leave nothing behind but stale slots.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import torch
+
+from octavo.core.messages import NewSlot, Propose, RowKind, Rows, SchedulerOutput, SlotKey
+from octavo.models.decoder import CausalLM
+from octavo.sampling.batch import SamplingBatch
+from octavo.sampling.sampler import Sampler
+from octavo.sampling_params import SamplingParams
+from octavo.worker.input_batch import MAX_DRAFTS
+from octavo.worker.model_runner import ModelRunner
+
+# Rows of logits at which a kernel takes another form: see kernels/triton/products and select.
+_LOGIT_ROWS = (1, 9, 17, 33, 65)
+
+
+def warm_up(
+    runner: ModelRunner, sampler: Sampler, *, max_step_rows: int, block_size: int, num_blocks: int
+) -> None:
+    """Launch every kernel of `runner` once. Before the first request, and on a GPU only."""
+    with torch.inference_mode():
+        for rows in _LOGIT_ROWS:
+            if rows <= max_step_rows:
+                _draw_all(runner.model, sampler, rows)
+        _run_steps(runner, max_step_rows, block_size, num_blocks)
+        torch.cuda.synchronize()
+    runner.num_replayed = runner.num_eager = 0
+
+
+def _draw_all(model: CausalLM, sampler: Sampler, rows: int) -> None:
+    """The head, and each kind of draw."""
+    device = model.device
+    hidden = torch.zeros(rows, model.config.hidden_size, dtype=model.dtype, device=device)
+    position = torch.zeros(rows, dtype=torch.int64, device=device)
+    # temperature, top_k, top_p, min_p, log-probabilities
+    kinds = (
+        (0.0, 0, 1.0, 0.0, -1),
+        (1.0, 0, 1.0, 0.0, 0),
+        (1.0, 0, 1.0, 0.1, -1),
+        (1.0, 5, 1.0, 0.0, 3),
+        (1.0, 5, 0.9, 0.0, -1),
+    )
+    for temperature, top_k, top_p, min_p, num_logprobs in kinds:
+        batch = SamplingBatch(
+            temperature=torch.full((rows,), temperature),
+            top_k=torch.full((rows,), top_k, dtype=torch.int32),
+            top_p=torch.full((rows,), top_p),
+            min_p=torch.full((rows,), min_p),
+            seed=torch.zeros(rows, dtype=torch.int64),
+            position=position,
+            all_greedy=temperature == 0.0,
+            num_logprobs=[num_logprobs] * rows if num_logprobs >= 0 else None,
+        )
+        sampler.draw(model.logits(hidden), batch)
+
+
+def _run_steps(runner: ModelRunner, max_step_rows: int, block_size: int, num_blocks: int) -> None:
+    """Chunks with and without a graph, then decoding and verifying; the KV written is nobody's yet."""
+    longest = min(runner.model.max_model_len - MAX_DRAFTS - 2, num_blocks * block_size - MAX_DRAFTS - 2)
+    numbers = count(-1, -1)
+    speculates = runner.proposes
+    # One request, then so many that together they are larger than any graph.
+    for total in (min(longest, max_step_rows), max_step_rows):
+        if longest < 1:
+            return
+        lengths = []
+        while total > 0 and len(lengths) < runner.state.num_slots:
+            lengths.append(min(longest, total))
+            total -= lengths[-1]
+        for width in (1, 1 + MAX_DRAFTS) if speculates else (1,):
+            _one_life(runner, lengths, width, block_size, num_blocks, numbers, max_step_rows)
+
+
+def _one_life(
+    runner: ModelRunner,
+    lengths: list[int],
+    width: int,
+    block_size: int,
+    num_blocks: int,
+    numbers: count[int],
+    max_step_rows: int,
+) -> None:
+    """Requests of these lengths enter, decode once with rows of this width, and leave."""
+    reach = -(-(max(lengths) + MAX_DRAFTS + 1) // block_size)
+    params = SamplingParams(max_tokens=4, temperature=1.0)
+    keys = [SlotKey(slot, 0, f"warm up {slot}") for slot in range(len(lengths))]
+    first = SchedulerOutput(
+        next(numbers),
+        new_slots=[
+            NewSlot(
+                slot=slot, generation=0, request_id=f"warm up {slot}", token_ids=[0] * length,
+                num_prompt_tokens=length, block_ids=[block % num_blocks for block in range(reach)],
+                num_computed_tokens=0, params=params, seed=0, stop_token_ids=(),
+                limit=length + MAX_DRAFTS + 1,
+            )
+            for slot, length in enumerate(lengths)
+        ],
+        rows=[Rows(slot, length, RowKind.CHUNK, True) for slot, length in enumerate(lengths)],
+        row_keys=keys,
+        propose=[Propose(slot, width - 1) for slot in range(len(lengths))] if width > 1 else [],
+    )  # fmt: skip
+    runner.forward(first)
+    runner.sample().read()
+    deciding = max(1, min(len(lengths), max_step_rows // width))
+    second = SchedulerOutput(
+        next(numbers),
+        rows=[Rows(slot, width, RowKind.VERIFY, True) for slot in range(deciding)],
+        row_keys=keys[:deciding],
+    )
+    runner.forward(second)
+    runner.sample().read()
+    runner.change(SchedulerOutput(next(numbers), freed_slots=list(range(len(lengths)))))

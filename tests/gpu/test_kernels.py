@@ -1,0 +1,215 @@
+"""Kernels on the card that no model test reaches at real sizes: steps, lookups, draws, far offsets."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from octavo.attention.backend import AttentionMetadata, AttentionSpec
+from octavo.attention.torch_backend import TorchBackend
+from octavo.kernels import triton as triton_kernels
+from octavo.speculation.lookup import PythonLookup
+from octavo.speculation.proposer import Proposer
+from octavo.worker.cuda_graph import GraphSizes, StepBuffers
+from octavo.worker.input_batch import DeviceState
+from tests.kernels.random_life import SLOTS, compare
+from tests.speculation.test_lookup import slot
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available() or not triton_kernels.available():
+    pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
+
+from octavo.attention.triton_backend import TritonBackend  # noqa: E402
+from octavo.kernels.triton import select  # noqa: E402
+from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
+from octavo.sampling.sampler import TorchDraw, kept_tokens  # noqa: E402
+from octavo.speculation.gpu_lookup import GpuLookup  # noqa: E402
+from octavo.worker.gpu_step import GpuStep, slot_tables  # noqa: E402
+
+DEVICE = torch.device("cuda")
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_steps_as_plain_torch(graphs: bool) -> None:
+    def make(state: DeviceState) -> GpuStep:
+        if not graphs:
+            return GpuStep(state)
+        buffers = StepBuffers.allocate(4000, SLOTS, state.block_table)
+        return GpuStep(state, buffers, GraphSizes.of([8, 64, 512]))
+
+    assert sum(compare(make, DEVICE, seed, 60) for seed in range(4)) > 300
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_lookups_propose_the_same(prompt: bool) -> None:
+    rng = random.Random(3)
+    states = [DeviceState(4, 40_000, 16, torch.device("cpu")), DeviceState(4, 40_000, 16, DEVICE)]
+    proposers: list[Proposer] = [
+        PythonLookup(states[0], prompt=prompt),
+        GpuLookup(slot_tables(states[1]), prompt=prompt),
+    ]
+    total = 0
+    for index in range(4):
+        text = [rng.randrange(30) for _ in range([5, 300, 3_000, 20_000][index])]
+        new = slot(index, text, [rng.randrange(4) for _ in range([0, 0, 700, 0][index])], 40_000)
+        for state, proposer in zip(states, proposers, strict=True):
+            state.put(new)
+            proposer.enter(new)
+    for _ in range(30):
+        chosen = rng.sample(range(4), rng.randint(1, 4))
+        counts = [rng.randint(0, 6) for _ in chosen]
+        for proposer in proposers:
+            proposer.propose(chosen, counts)
+        assert states[0].num_drafts[chosen].tolist() == states[1].num_drafts[chosen].tolist()
+        for index in chosen:
+            known, count = int(states[0].num_tokens[index]), int(states[0].num_drafts[index])
+            drafts = [state.tokens[index, known : known + count].tolist() for state in states]
+            assert drafts[0] == drafts[1]
+            total += count
+            came = [*drafts[0][: rng.randint(0, count)], rng.randrange(4)]
+            for state in states:
+                state.tokens[index, known : known + len(came)] = torch.tensor(came, dtype=torch.int32)
+                state.num_tokens[index] += len(came)
+    assert total > 20
+
+
+@pytest.mark.parametrize("kind", ["wide", "flat", "peaked", "ties"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_kept_sets(kind: str, rows: int) -> None:
+    vocab = 151_936
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, vocab, generator=generator)
+    if kind == "wide":
+        logits *= 4
+    elif kind == "peaked":
+        logits[:, 1000] += 30
+    elif kind == "ties":
+        logits = (logits * 3).round()
+    temperature = torch.tensor([0.6, 1.0, 1.5, 0.9, 1.0] * 8)[:rows]
+    top_k = torch.tensor([0, 50, 20, 5_000, 1, 100_000, 50, 0] * 5, dtype=torch.int32)[:rows]
+    top_p = torch.tensor([0.9, 1.0, 0.95, 0.8, 0.5] * 8)[:rows]
+    columns = [logits, temperature, top_k, top_p]
+    order, limit, best = (part.cpu() for part in select.thresholds(*(part.to(DEVICE) for part in columns)))
+    assert torch.equal(best, logits.amax(1))
+    bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)
+    orders = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(vocab)
+    for row in range(rows):
+        keeps = (orders[row] > order[row]) | ((orders[row] == order[row]) & (ids < limit[row]))
+        ours = int(keeps.sum())
+        theirs = kept_tokens(logits[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), 0.0)
+        assert abs(ours - len(theirs)) <= 1 + len(theirs) // 10_000, (row, ours, len(theirs))
+        if ours == len(theirs):
+            assert torch.equal(keeps.nonzero()[:, 0], theirs)
+        if top_p[row] == 1.0:
+            assert ours == len(theirs)
+    again = [part.cpu() for part in select.thresholds(*(part[-1:].to(DEVICE) for part in columns))]
+    assert again[0] == order[-1]  # alone or in a batch
+    assert again[1] == limit[-1]
+
+
+@pytest.mark.parametrize("num_top", [0, 20])
+def test_logprobs(num_top: int) -> None:
+    logits = torch.randn(9, 151_936, generator=torch.Generator().manual_seed(1)) * 5
+    logits[3] = logits[3].round()
+    tokens = torch.arange(9) * 7
+    tokens[4] = -1
+    for ours, theirs in zip(
+        GpuDraw().logprobs(logits.to(DEVICE), tokens.to(DEVICE), num_top),
+        TorchDraw().logprobs(logits, tokens, num_top),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=5e-6, rtol=5e-6)
+
+
+def attention_case(
+    spec: AttentionSpec, contexts: list[int], rows: list[int], num_blocks: int, first_block: int
+) -> tuple[AttentionMetadata, int]:
+    """Requests of these contexts whose last rows are computed; blocks from first_block on, scattered."""
+    block_size = 16
+    needed = [-(-context // block_size) for context in contexts]
+    ids = torch.randperm(num_blocks - first_block)[: sum(needed)].to(torch.int32) + first_block
+    table = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
+    start = 0
+    for index, count in enumerate(needed):
+        table[index, :count] = ids[start : start + count]
+        start += count
+    positions = torch.cat([torch.arange(c - n, c) for c, n in zip(contexts, rows, strict=True)])
+    request = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+    mapping = table[request, positions // block_size].long() * block_size + positions % block_size
+    starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    starts[1:] = torch.tensor(rows).cumsum(0)
+    total = sum(rows)
+    return AttentionMetadata(
+        starts, torch.tensor(contexts, dtype=torch.int32), table, mapping, positions, len(rows), total,
+        max(rows), max(needed) * block_size,
+    ), total  # fmt: skip
+
+
+def on_device(meta: AttentionMetadata) -> AttentionMetadata:
+    return AttentionMetadata(
+        meta.query_start_loc.to(DEVICE), meta.seq_lens.to(DEVICE), meta.block_table.to(DEVICE),
+        meta.slot_mapping.to(DEVICE), meta.positions.to(DEVICE), meta.num_reqs, meta.num_tokens,
+        meta.max_query_len, meta.max_seq_len,
+    )  # fmt: skip
+
+
+SPECS = {
+    "8B": AttentionSpec(32, 8, 128, 128**-0.5),
+    "soft cap": AttentionSpec(16, 8, 128, 0.09, soft_cap=50.0),
+    "head 256, window": AttentionSpec(16, 8, 256, 256**-0.5, sliding_window=1024),
+    "head 64": AttentionSpec(14, 2, 64, 0.125),
+    "head 96": AttentionSpec(12, 4, 96, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_over_long_contexts(name: str, dtype: torch.dtype) -> None:
+    spec = SPECS[name]
+    torch.manual_seed(7)
+    backend, oracle = TritonBackend(), TorchBackend()
+    for contexts, rows in (
+        ([5000], [1]),  # decode, shared by several programs
+        ([900, 4000, 17, 2500], [1, 6, 3, 1]),  # decode and verify
+        ([1200, 3000, 40], [700, 1, 33]),  # chunks beside a decode
+        ([1000] * 40, [1] * 40),
+    ):
+        num_blocks = sum(-(-context // 16) for context in contexts) + 5
+        meta, total = attention_case(spec, contexts, rows, num_blocks, 0)
+        shape = (num_blocks, 2, spec.num_kv_heads, 16, spec.head_dim)
+        cache = torch.randn(shape, device=DEVICE).to(dtype)
+        query = torch.randn(total, spec.num_heads, spec.head_dim, device=DEVICE).to(dtype) * 2
+        meta = on_device(meta)
+        expected = oracle.attend(query.float(), cache.float().transpose(2, 3), meta, spec)
+        got = backend.attend(query, cache, meta, spec)
+        error = float((got.float() - expected).norm() / expected.norm())
+        assert error < (6e-3 if dtype == torch.bfloat16 else 1e-3), (contexts, error)
+
+
+def test_blocks_beyond_two_to_the_31() -> None:
+    spec = AttentionSpec(8, 4, 128, 0.1)
+    num_blocks = 2**31 // (2 * 4 * 16 * 128) + 4_000  # offsets in numbers exceed 32 bits
+    cache = torch.zeros(num_blocks, 2, 4, 16, 128, dtype=torch.bfloat16, device=DEVICE)
+    backend, oracle = TritonBackend(), TorchBackend()
+    contexts, rows = [700, 90], [1, 40]
+    first = num_blocks - 3_000
+    meta, total = attention_case(spec, contexts, rows, num_blocks, first)
+    meta = on_device(meta)
+    cache[first:] = torch.randn(cache[first:].shape, device=DEVICE).to(torch.bfloat16)
+    key, value, query = (torch.randn(total, heads, 128, device=DEVICE).bfloat16() for heads in (4, 4, 8))
+    backend.store(key, value, cache, meta, spec)
+    slots = meta.slot_mapping
+    assert torch.equal(cache[slots // 16, 0, :, slots % 16], key)
+    assert torch.equal(cache[slots // 16, 1, :, slots % 16], value)
+    got = backend.attend(query, cache, meta, spec)
+    low = meta.block_table - first  # the same blocks, near the start
+    near = AttentionMetadata(
+        meta.query_start_loc, meta.seq_lens, low, meta.slot_mapping, meta.positions, meta.num_reqs,
+        meta.num_tokens, meta.max_query_len, meta.max_seq_len,
+    )  # fmt: skip
+    expected = oracle.attend(query.float(), cache[first:].float().transpose(2, 3), near, spec)
+    assert float((got.float() - expected).norm() / expected.norm()) < 6e-3
+    assert torch.equal(got, backend.attend(query, cache[first:].clone(), near, spec))

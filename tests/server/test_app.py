@@ -1,0 +1,318 @@
+"""What holds for every route: one form of errors, models, disconnects, an engine that fails, rubbish."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from octavo import __version__
+from octavo.errors import QueueFullError, RequestError, RequestTimeoutError
+from octavo.outputs import CompletionOutput, RequestOutput
+from octavo.server.base_client import OpenRequest
+from octavo.server.settings import ServeSettings
+from tests.server.serving import HERMES, Server, serving
+from tests.server.test_chat import HI, last_request, post
+
+GENERATING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": HI}),
+    ("/v1/completions", {"prompt": "Hello", "max_tokens": 4000}),
+    ("/v1/completions", {"prompt": ["Hello", "you"], "max_tokens": 4000}),
+    ("/v1/responses", {"input": "Hello"}),
+]
+LONG = "word " * 3000
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Server]:
+    """A server that answers everything."""
+    with serving(template=HERMES, served_model_names=("fake", "org/fake")) as server:
+        yield server
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error object, checked."""
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert list(body) == ["error"]
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and isinstance(error["type"], str)
+    return error
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to be"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------- small routes
+
+
+def test_models(plain: Server) -> None:
+    listed = httpx.get(plain.url + "/v1/models").json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["fake", "org/fake"]
+    assert httpx.get(plain.url + "/v1/models/org/fake").json()["id"] == "org/fake"
+    missing = httpx.get(plain.url + "/v1/models/gpt-4o")
+    assert missing.status_code == 404 and error_of(missing)["code"] == "model_not_found"
+    for path, body in GENERATING:
+        assert post(plain, path, **body, model="org/fake").json()["model"] == "fake"
+        unknown = post(plain, path, **body, model="x" * 1000)
+        assert unknown.status_code == 404 and error_of(unknown)["param"] == "model"
+        assert len(unknown.text) < 400
+
+
+def test_version_and_page(plain: Server) -> None:
+    assert httpx.get(plain.url + "/version").json() == {"version": __version__}
+    page = httpx.get(plain.url + "/openapi.json").json()
+    for path, _ in GENERATING:
+        assert "post" in page["paths"][path]
+        assert "422" not in page["paths"][path]["post"]["responses"]
+    assert httpx.get(plain.url + "/docs").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "unknown_url"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("POST", "/v1/models", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models/fake", 405, "method_not_allowed"),
+        ("POST", "/v1/embeddings", 501, "not_implemented"),
+        ("POST", "/rerank", 501, "not_implemented"),
+        ("POST", "/score", 501, "not_implemented"),
+        ("POST", "/v1/load_lora_adapter", 501, "not_implemented"),
+    ],
+)
+def test_wrong_ways(plain: Server, method: str, path: str, status: int, code: str) -> None:
+    answer = httpx.request(method, plain.url + path, json={} if method == "POST" else None)
+    assert answer.status_code == status
+    assert error_of(answer)["code"] == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"messages": NaN}', b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"messages": [{"role": "user"}',
+        b'{"a":' * 5000 + b"1" + b"}" * 5000, b'{"prompt": "\\ud800", "input": "\\ud800", "messages": 1}',
+        b'{"prompt": 1e999, "input": 1, "messages": "x"}',
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_request(plain: Server, body: bytes) -> None:
+    for path, _ in [*GENERATING, ("/tokenize", {}), ("/detokenize", {})]:
+        for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
+            answer = httpx.post(plain.url + path, content=body, headers={"content-type": kind}, timeout=30)
+            assert answer.status_code == 400, (path, answer.text)
+            assert error_of(answer)["type"] == "invalid_request_error"
+
+
+# ---------------------------------------------------------------------- clients that go away
+
+
+@pytest.mark.parametrize(("path", "body"), GENERATING, ids=["chat", "completion", "batch", "response"])
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_frees_its_request(path: str, body: dict[str, Any], streams: bool) -> None:
+    with serving(LONG, interval=0.01) as server:
+        data = json.dumps({**body, "stream": streams}).encode()
+        host = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host[0], int(host[1]))) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            wait_for(lambda: server.engine.num_open > 0)
+            if streams:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_for(lambda: server.engine.num_open == 0, seconds=2.0)
+        wait_for(lambda: len(server.engine.cancelled) == len(server.engine.requests))
+        assert post(server, "/v1/completions", prompt="x", max_tokens=1).status_code == 200
+
+
+# ---------------------------------------------------------------------- an engine that fails
+
+
+def failing(error: BaseException, after: int) -> Callable[[OpenRequest], Any]:
+    """A script that says `after` tokens and then lets the request fail."""
+
+    def script(request: OpenRequest) -> str:
+        if after == 0:
+            request.stream.fail(error)
+            return ""
+        request.stream._loop.call_later(0.2, request.stream.fail, error)
+        return LONG
+
+    return script
+
+
+@pytest.mark.parametrize(("path", "body"), GENERATING, ids=["chat", "completion", "batch", "response"])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("the prompt is too long", "prompt"), 400),
+        (QueueFullError("full", 7), 429),
+        (RequestTimeoutError("too slow"), 504),
+        (RuntimeError("secret of the house"), 500),
+    ],
+    ids=["request", "queue", "timeout", "bug"],
+)
+def test_errors_before_the_first_token_have_their_status(
+    path: str, body: dict[str, Any], error: BaseException, status: int
+) -> None:
+    with serving(failing(error, 0), interval=0.05) as server:
+        for streams in (False, True):
+            answer = post(server, path, **body, stream=streams)
+            assert answer.status_code == status
+            assert "secret" not in error_of(answer)["message"]
+            if status == 429:
+                assert answer.headers["retry-after"] == "7"
+        assert server.engine.num_open == 0
+
+
+@pytest.mark.parametrize(("path", "body"), GENERATING, ids=["chat", "completion", "batch", "response"])
+def test_errors_in_the_middle_of_a_stream(path: str, body: dict[str, Any]) -> None:
+    with serving(failing(RequestTimeoutError("too slow"), 1), interval=0.01) as server:
+        answer = post(server, path, **body, stream=True)
+        assert answer.status_code == 200
+        *_, last = answer.text.removesuffix("\n\n").split("\n\n")
+        data = json.loads(last.split("data: ")[1])
+        if path == "/v1/responses":
+            assert data["type"] == "response.failed" and data["response"]["error"]["message"] == "too slow"
+        else:
+            assert data["error"]["message"] == "too slow" and data["error"]["code"] == "timeout"
+            assert "[DONE]" not in answer.text
+        assert post(server, path, **body).status_code == 504
+
+
+def test_an_answer_that_cannot_be_finished() -> None:
+    def script(request: OpenRequest) -> str:
+        broken = CompletionOutput(0, "", [], finish_reason="error", error="the grammar is too complex")
+        request.stream.put(RequestOutput("x", None, request.prompt_ids, None, [broken], finished=True))
+        return LONG
+
+    with serving(script, interval=0.05) as server:
+        for path, body in (GENERATING[0], GENERATING[1], GENERATING[3]):
+            answer = post(server, path, **body)
+            assert answer.status_code == 500
+            assert error_of(answer)["message"] == "the grammar is too complex"
+            assert "the grammar is too complex" in post(server, path, **body, stream=True).text
+
+
+def test_a_dead_engine_answers_every_open_request() -> None:
+    with serving(LONG, interval=0.01) as server:
+
+        async def die() -> None:
+            server.engine.die("the device burst into flames")
+
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json={"messages": HI, "stream": True}) as s:
+            parts = s.iter_text()
+            next(parts)
+            server.call(die())
+            assert "burst into flames" in "".join(parts)
+        answer = post(server, messages=HI)
+        assert answer.status_code == 500 and error_of(answer)["code"] == "engine_dead"
+
+
+def test_a_stream_begins_even_if_the_engine_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import octavo.server.chat
+    import octavo.server.streaming
+
+    monkeypatch.setattr(octavo.server.chat, "FIRST_OUTPUT_SECONDS", 0.05)
+    monkeypatch.setattr(octavo.server.streaming, "WAITING_SECONDS", 0.05)
+    with serving("one", interval=0.4) as server:
+        answer = post(server, messages=HI, stream=True)
+        assert answer.text.startswith(": waiting\n\n: waiting\n\n")
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+# ---------------------------------------------------------------------- rubbish
+
+WORDS: list[Any] = [
+    None, True, False, 0, 1, -1, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "é" * 50, "auto", "required", [], {},
+    [[]], [1, 2], ["a"], [None], {"type": "function"}, {"type": "json_object"}, {"role": "user", "content": "x"},
+    [{"role": "user", "content": "x"}], [{"type": "function", "function": {"name": "f"}}], {"include_usage": True},
+    "\ud800", "\x00", "<|eot|>", {"json": {"type": "object"}}, {"regex": "("}, [[1, 2], [3]], "{% for %}",
+]  # fmt: skip
+
+
+def rubbish(chance: random.Random, names: list[str], base: dict[str, Any]) -> bytes:
+    """A request with some fields gone, some of another kind, and sometimes with broken bytes."""
+    body = dict(base)
+    for name in chance.sample(names, chance.randint(1, 5)):
+        value = chance.choice(WORDS)
+        if chance.random() < 0.3:
+            value = [value, chance.choice(WORDS)] if chance.random() < 0.5 else {"type": value, "name": value}
+        body[name] = value
+    if chance.random() < 0.1:
+        body.pop(chance.choice(list(body)))
+    data = json.dumps(body).encode()
+    if chance.random() < 0.1:
+        at = chance.randrange(len(data))
+        data = data[:at] + bytes([chance.randrange(256)]) + data[at + 1 :]
+    if chance.random() < 0.03:
+        data = data[: chance.randrange(len(data))]
+    return data
+
+
+def send_rubbish(count: int) -> None:
+    with serving("fine", template=HERMES, max_model_len=2048) as server:
+        page = server.app.openapi()["components"]["schemas"]
+        models = [
+            ("/v1/chat/completions", "ChatRequest", {"messages": HI}),
+            ("/v1/completions", "CompletionRequest", {"prompt": "Hello"}),
+            ("/v1/responses", "ResponsesRequest", {"input": "Hello"}),
+            ("/tokenize", "TokenizeRequest", {"prompt": "Hello"}),
+            ("/detokenize", "DetokenizeRequest", {"tokens": [1]}),
+        ]
+        chance = random.Random(5)
+        statuses: dict[int, int] = {}
+        memory = 0
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            for number in range(count):
+                path, model, base = models[number % len(models)]
+                data = rubbish(chance, list(page[model]["properties"]), base)
+                answer = client.post(path, content=data, headers={"content-type": "application/json"})
+                statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+                assert answer.status_code in (200, 400, 404), (answer.status_code, path, data, answer.text)
+                if answer.status_code != 200:
+                    error_of(answer)
+                if number == count // 2:
+                    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            assert client.post("/v1/chat/completions", json={"messages": HI}).status_code == 200
+        assert statuses[200] > count / 50 and statuses[400] > count / 4, statuses
+        assert server.engine.num_open == 0 and not server.engine._at
+        if count > 5000:  # kilobytes; the first half has filled every cache
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 20_000
+
+
+def test_rubbish() -> None:
+    send_rubbish(400)
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_requests() -> None:
+    send_rubbish(10_000)
+
+
+def test_bounds_are_the_settings(plain: Server) -> None:
+    options = {"max_n": 2, "max_logprobs": 3, "max_stop": 1, "max_tools": 1, "max_prompts": 1}
+    assert ServeSettings.from_kwargs(**options).max_n == 2
+    with serving(template=HERMES, settings=options) as server:
+        for body in (
+            {"n": 3},
+            {"logprobs": True, "top_logprobs": 4},
+            {"stop": ["a", "b"]},
+            {"tools": [{"type": "function", "function": {"name": n}} for n in "ab"]},
+        ):
+            assert post(server, messages=HI, **body).status_code == 400
+        assert post(server, "/v1/completions", prompt=["a", "b"]).status_code == 400
+        assert post(server, messages=HI, n=2, stop=["a"], logprobs=True, top_logprobs=3).status_code == 200
+        assert last_request(server).params.n == 2
