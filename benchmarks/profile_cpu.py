@@ -53,7 +53,7 @@ class Recorder:
     def __init__(self, llm: LLM) -> None:
         self.steps: list[StepRecord] = []
         parts = llm._engine_parts()
-        runner: Any = parts.engine.executor._runner  # type: ignore[attr-defined]
+        runner: Any = parts.engine.executor.runner  # type: ignore[attr-defined]
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._end_of_last = 0.0
         model = runner.model

@@ -1,6 +1,7 @@
 """Where a decode step's time goes: host, device, gaps between kernels, each kernel against its limit.
 
     python -m benchmarks.profile_step --model qwen3-0.6b --batch 1 16 64
+    python -m benchmarks.profile_step --model qwen3-8b --batch --prompts 16x512 2x4000
 
 Random weights, greedy, every request with the same context. For each batch one line of times in
 milliseconds a step, then a table of kernels. A kernel's limit is the bytes it must read over the
@@ -103,12 +104,17 @@ def profile(steps: Steps, count: int, config: dict[str, Any], batch: int, contex
         for _ in range(count):
             steps.engine.step()
         torch.cuda.synchronize()
+    limits = {name: size / read * 1e3 for name, size in kernel_bytes(config, batch, context).items()}
+    show(profiler, count, limits)
+
+
+def show(profiler: Any, count: int, limits: dict[str, float]) -> None:
+    """A table of kernels; `count` steps were recorded."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in profiler.events() or []:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             totals[event.name][0] += 1 / count
             totals[event.name][1] += event.device_time / 1e3 / count
-    limits = {name: size / read * 1e3 for name, size in kernel_bytes(config, batch, context).items()}
     print(f"  {'kernel':52} {'a step':>7} {'ms':>8} {'limit':>7}")
     for name, (number, ms) in sorted(totals.items(), key=lambda item: -item[1][1])[:14]:
         limit = limits.get(name)
@@ -116,10 +122,39 @@ def profile(steps: Steps, count: int, config: dict[str, Any], batch: int, contex
     print(f"  {'together':52} {'':7} {sum(ms for _, ms in totals.values()):8.4f}", flush=True)
 
 
+def profile_prompts(llm: Any, number: int, length: int) -> None:
+    """One step that computes so many prompts of this length."""
+    from torch.profiler import ProfilerActivity
+
+    from octavo import SamplingParams
+
+    engine = llm._parts.engine
+    source = torch.Generator().manual_seed(number)
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+    def run(name: str) -> float:
+        for index in range(number):
+            prompt = torch.randint(0, 150_000, (length,), generator=source).tolist()
+            engine.add_request(f"{name}{index}", {"prompt_token_ids": prompt}, params)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        while engine.has_work():
+            engine.step()
+        return (time.perf_counter() - started) * 1e3
+
+    times = [run(f"{repeat}-{number}x{length}-") for repeat in range(3)]
+    print(json.dumps({"prompts": f"{number}x{length}", "ms": [round(ms, 2) for ms in times]}), flush=True)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run(f"p-{number}x{length}-")
+        torch.cuda.synchronize()
+    show(profiler, 1, {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="qwen3-0.6b")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
+    parser.add_argument("--prompts", nargs="*", default=[], metavar="NUMBERxLENGTH", help="a step of prompts")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--host", action="store_true", help="print where the host's time goes")
@@ -155,6 +190,9 @@ def main() -> None:
                 pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(28)
                 print(text.getvalue(), flush=True)
             steps.close()
+        for text in arguments.prompts:
+            number, length = map(int, text.split("x"))
+            profile_prompts(llm, number, length)
         llm.shutdown()
 
 

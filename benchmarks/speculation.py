@@ -51,7 +51,6 @@ from octavo.models.registry import build_model
 
 FIXED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 COSTLY_FIXED = (0, 1, 2, 3, 4, 6, 8)
-NEAR = 4  # fixed numbers that are repeated with auto
 QUESTIONS = (
     "Tell me a short story about {}.",
     "What should I know before I buy {}?",
@@ -105,13 +104,16 @@ class Bench:
             runner = self._parts.engine.executor.runner
             scheduler.planner = make_planner(config, config.speculative, runner, self._parts.plan)
 
-    def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Run:
-        """All requests at once; tokens a second from the first step to the last."""
+    def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams], batch: int) -> Run:
+        """`batch` requests at once, then the next ones; tokens a second over all of it."""
         stats = self._parts.engine.scheduler.stats
         preempted, self._brain = stats.num_preemptions, 0.0
         with ForeignCores() as watch:
             started = time.perf_counter()
-            outputs = self.llm.generate(list(prompts), list(params), use_tqdm=False)
+            outputs = []
+            for start in range(0, len(prompts), batch):
+                wave = slice(start, start + batch)
+                outputs += self.llm.generate(list(prompts[wave]), list(params[wave]), use_tqdm=False)
             seconds = time.perf_counter() - started
         made = sum(len(output.outputs[0].token_ids) for output in outputs)
         found = [o.metrics.speculation for o in outputs if o.metrics and o.metrics.speculation]
@@ -215,31 +217,29 @@ def greedy(new_tokens: int, **more: Any) -> SamplingParams:
 
 
 def against_fixed(
-    bench: Bench, prompts: Sequence[Any], params: Callable[[int | str], list[SamplingParams]], options: Any,
-    counts: Sequence[int],
+    bench: Bench, batch: int, prompts: Sequence[Any], params: Callable[[int | str], list[SamplingParams]],
+    options: Any, counts: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """Auto against every fixed number: all once, then auto and the nearest ones in turn."""
 
     def way(count: int | str) -> Callable[[], Run]:
         def run() -> Run:
             bench.forget()
-            return bench.run(prompts, params(count))
+            return bench.run(prompts, params(count), batch)
 
         return run
 
     cell = Cell({f"K={count}": way(count) for count in counts} | {"auto": way("auto")})
     fixed = [f"K={count}" for count in counts]
     cell.once([*fixed, "auto"])
-    near = sorted(fixed, key=cell.median)[-NEAR:]
-    if "K=0" not in near:
-        near.append("K=0")
+    near = sorted(fixed, key=cell.median)[-options.near :]
     for _ in range(options.repeat):
         cell.once(["auto", *near])
     best = max(near, key=cell.median)
     return {
         "best": best,
         **cell.record("auto", best, options.repeat),
-        "to_plain": cell.record("auto", "K=0", options.repeat)["ratio"],
+        "to_plain": round(cell.median("auto") / cell.median(f"K={counts[0]}"), 3),
     }
 
 
@@ -250,7 +250,7 @@ def free(model: Path, options: Any, falling: bool = False) -> Iterator[dict[str,
         texts = Texts(bench.llm)
         for batch in options.batches:
             new = options.new_tokens(batch)
-            prompts = texts.plain(batch)
+            prompts = texts.plain(options.texts(batch))
             first = greedy(new, num_speculative_tokens=0)
             plain = [o.outputs[0].token_ids for o in bench.llm.generate(prompts, first, use_tqdm=False)]
             for acceptance in (0.9,) if falling else options.acceptances:
@@ -265,7 +265,7 @@ def free(model: Path, options: Any, falling: bool = False) -> Iterator[dict[str,
                     "scenario": "falling" if falling else "free",
                     "batch": batch,
                     "acceptance": "0.9, then 0.1" if falling else acceptance,
-                    **against_fixed(bench, prompts, params, options, FIXED),
+                    **against_fixed(bench, batch, prompts, params, options, options.fixed or FIXED),
                 }
 
 
@@ -290,10 +290,13 @@ def costly(model: Path, options: Any) -> Iterator[dict[str, Any]]:
                 for batch in options.batches:
                     new = options.new_tokens(batch)
 
-                    def params(count: int | str, batch: int = batch, new: int = new) -> list[SamplingParams]:
-                        return [greedy(new, num_speculative_tokens=count)] * batch
+                    prompts = texts.plain(options.texts(batch))
 
-                    found = against_fixed(bench, texts.plain(batch), params, options, COSTLY_FIXED)
+                    def params(count: int | str, new: int = new, many: int = len(prompts)) -> list[Any]:
+                        return [greedy(new, num_speculative_tokens=count)] * many
+
+                    fixed = options.fixed or COSTLY_FIXED
+                    found = against_fixed(bench, batch, prompts, params, options, fixed)
                     planner = bench._parts.engine.scheduler.planner
                     step, one_pass = planner.budget.target.seconds(batch), planner.budget.draft.seconds(batch)
                     yield {
@@ -317,10 +320,10 @@ def against_plain(
 
             def drafting(work: Any = work, params: Any = params) -> Run:
                 auto.forget()
-                return auto.run(work, params)
+                return auto.run(work, params, len(work))
 
             def without(work: Any = work, params: Any = params) -> Run:
-                return plain.run(work, params)
+                return plain.run(work, params, len(work))
 
             cell = Cell({"plain": without, "auto": drafting})
             for _ in range(1 + options.repeat):  # the first round fills the prefix caches
@@ -390,8 +393,10 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--acceptances", type=lambda text: [float(n) for n in text.split(",")])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--near", type=int, default=4, help="fixed numbers that are repeated with auto")
+    parser.add_argument("--fixed", type=lambda text: [int(n) for n in text.split(",")], help="only these K")
     parser.add_argument(
-        "--tokens", type=int, help="new tokens of each request (default: 256 alone, 96 beside others)"
+        "--tokens", type=int, help="new tokens of each request (default: 128, in large batches 96)"
     )
     parser.add_argument("--small-kv", default="40MB", help="KV cache of the chat that preempts")
     parser.add_argument("--output", type=Path)
@@ -402,7 +407,9 @@ def main() -> None:
         parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
     if options.quick:
         options.repeat, options.batches, options.tokens = 1, options.batches or [2], options.tokens or 8
-    options.new_tokens = lambda batch: options.tokens or (256 if batch == 1 else 96)
+    # Few requests at a time have little luck to share out: several rounds of them.
+    options.texts = lambda batch: batch if options.quick else batch * max(1, 8 // batch)
+    options.new_tokens = lambda batch: options.tokens or (128 if batch < 16 else 96)
     options.acceptances = options.acceptances or [0.2, 0.5, 0.8]
     model = hub.resolve(options.model)
     chosen_batches = options.batches

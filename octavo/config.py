@@ -121,6 +121,11 @@ class SpeculativeConfig:
         )
 
     @property
+    def follows_predictions(self) -> bool:
+        """True if a request's `prediction` is drafted from."""
+        return self.has_lookup and ":" not in self.method
+
+    @property
     def has_lookup(self) -> bool:
         """True if drafts may come without a pass of a draft model."""
         return self.method != "draft_model"
@@ -331,6 +336,8 @@ class SchedulerConfig:
     # Free blocks that admission leaves untouched, so that a request admitted now is not the
     # victim of the next step (thrash).
     watermark_blocks: int = 0
+    # A step that has rows already takes in no prompt of which it could compute fewer rows than this.
+    least_chunk_rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class SpeculationStep:
     num_accepted: int
     num_speculative_tokens: int  # K chosen for this step
     reason: str  # why this K
+    start: int = 0  # tokens of the output before those this verification brought
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ print("built without a compiler:", *libraries)
 EOF
 "${tests[@]}" tests/kernels
 
-text=(tests/parity/test_engine.py tests/parity/test_smollm2.py -k "together or all-at-once or few_cases")
+text=(tests/parity/test_engine.py tests/parity/test_smollm2.py -k "together or all-at-once or briefly")
 "${tests[@]}" "${text[@]}"
 
 rm "$work"/site/octavo/kernels/cpu/liboctavo_cpu.*

@@ -28,6 +28,7 @@ from octavo.cli.options import (
     sampling_options,
     sampling_params,
 )
+from octavo.cli.show_drafts import DraftPainter, wants_colour
 from octavo.errors import NotInThisVersionError, RequestError
 
 if TYPE_CHECKING:
@@ -53,11 +54,18 @@ Ctrl-C stops the present answer."""
 @click.option("--prompt", help="Answer this one message and leave; - reads it from stdin.")
 @click.option("--system", help="System message.")
 @click.option("--url", help="Talk to a server instead (not in this version).")
+@click.option("--show-drafts", is_flag=True, help="Colour accepted, rejected and bonus tokens.")
 @click.option("-q", "--quiet", is_flag=True, help="No memory plan, only warnings.")
 @sampling_options(only=CHAT_SAMPLING)
 @engine_options
 def command(
-    model: str, prompt: str | None, system: str | None, url: str | None, quiet: bool, **given: Any
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    url: str | None,
+    show_drafts: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Talk to MODEL (default: smollm2), a folder, a .gguf file, a hub id, or an alias.
 
@@ -68,9 +76,14 @@ def command(
     params = sampling_params(given)
     if prompt == "-":
         prompt = read_stdin()
-    llm = load_llm(engine_kwargs(model, given), quiet=quiet)
+    engine = engine_kwargs(model, given)
+    if show_drafts and engine.get("speculative") is None:
+        raise click.UsageError(
+            "--show-drafts needs a drafter: add --speculative-method prompt_lookup, or --draft MODEL"
+        )
+    llm = load_llm(engine, quiet=quiet)
     try:
-        chat = Chat(llm, with_model_defaults(llm, params), system)
+        chat = Chat(llm, with_model_defaults(llm, params), system, show_drafts=show_drafts)
         if prompt is None:
             _converse(chat)
         elif chat.answer(prompt):  # interrupted
@@ -82,9 +95,13 @@ def command(
 class Chat:
     """One conversation: its messages so far, and how the next answer is made."""
 
-    def __init__(self, llm: LLM, params: SamplingParams | None, system: str | None = None) -> None:
+    def __init__(
+        self, llm: LLM, params: SamplingParams | None, system: str | None = None, *, show_drafts: bool = False
+    ) -> None:
         self._llm = llm
-        self._params = params
+        self._params = _traced(llm, params) if show_drafts else params
+        self._show_drafts = show_drafts
+        self._legend_shown = False
         self.messages: list[dict[str, str]] = []
         self.last_speed = Speed()
         self.reset(system)
@@ -107,13 +124,32 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         try:
             stream = self._llm.chat(self.messages, self._params, stream=True)
-            reply, self.last_speed, stopped = stream_answer(stream)
+            reply, self.last_speed, stopped = stream_answer(stream, painter=self._painter())
         except BaseException:
             self.messages.pop()
             raise
         self.messages.append({"role": "assistant", "content": reply})
         click.echo(self.last_speed.line(), err=True)
         return stopped
+
+    def _painter(self) -> DraftPainter | None:
+        tokenizer = self._llm._engine_parts().engine.tokenizer if self._show_drafts else None
+        if tokenizer is None:
+            return None
+        painter = DraftPainter(tokenizer, colour=wants_colour())
+        if not self._legend_shown:
+            click.echo(f"[{painter.legend()}]", err=True, color=wants_colour() or None)
+            self._legend_shown = True
+        return painter
+
+
+def _traced(llm: LLM, params: SamplingParams | None) -> SamplingParams:
+    """The parameters, with a record of every verification."""
+    from octavo import SamplingParams
+
+    if params is None:
+        params = SamplingParams().with_defaults(llm.generation_defaults)
+    return params.replace(trace=True)
 
 
 def _converse(chat: Chat) -> None:

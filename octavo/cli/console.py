@@ -18,6 +18,7 @@ import octavo
 
 if TYPE_CHECKING:
     from octavo import LLM, RequestOutput, SamplingParams
+    from octavo.cli.show_drafts import DraftPainter
 
 
 def load_llm(kwargs: dict[str, Any], *, quiet: bool = False) -> LLM:
@@ -137,8 +138,12 @@ def interrupt_stops() -> Iterator[StopFlag]:
         signal.signal(signal.SIGINT, previous)
 
 
-def stream_answer(stream: Iterable[RequestOutput], *, echo: bool = True) -> tuple[str, Speed, bool]:
+def stream_answer(
+    stream: Iterable[RequestOutput], *, echo: bool = True, painter: DraftPainter | None = None
+) -> tuple[str, Speed, bool]:
     """Print the first answer of one request as it comes; texts in `stream` are cumulative.
+
+    `painter` shows what became of the drafts, in the text and in a line on stderr.
 
     Returns the text, its speed, and whether Ctrl-C cut it short (the request is then aborted by
     closing the stream). An answer that ended in an error raises RequestError.
@@ -154,7 +159,10 @@ def stream_answer(stream: Iterable[RequestOutput], *, echo: bool = True) -> tupl
             if len(answer.token_ids) > speed.tokens:
                 speed.first = now if speed.first is None else speed.first
                 speed.tokens, speed.last = len(answer.token_ids), now
-            if echo and len(answer.text) > len(text):
+            if painter is not None:
+                click.echo(painter.paint(output), nl=False)
+                sys.stdout.flush()
+            elif echo and len(answer.text) > len(text):
                 click.echo(answer.text[len(text) :], nl=False)
                 sys.stdout.flush()
             text, error = answer.text, answer.error
@@ -165,6 +173,8 @@ def stream_answer(stream: Iterable[RequestOutput], *, echo: bool = True) -> tupl
             close()
     if echo and text and not text.endswith("\n"):
         click.echo()
+    if painter is not None:
+        click.echo(painter.summary, err=True)
     if error is not None:
         raise octavo.errors.RequestError(error)
     return text, speed, flag.stopped

@@ -131,7 +131,9 @@ def variable_of(option: click.Option) -> str:
 
 def _convert(option: click.Option, text: str) -> Any:
     if option.multiple:
-        return tuple(option.type.convert(part.strip(), option, None) for part in text.split(",") if part.strip())
+        return tuple(
+            option.type.convert(part.strip(), option, None) for part in text.split(",") if part.strip()
+        )
     if option.is_flag:
         return click.BOOL.convert(text, option, None)
     return option.type.convert(text, option, None)
@@ -156,7 +158,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ConfigError(f"the configuration file {file} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -164,7 +166,9 @@ def _read_yaml(file: str) -> dict[Any, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"the configuration file {file} must hold `key: value` lines, not a {type(content).__name__}")
+        raise ConfigError(
+            f"the configuration file {file} must hold `key: value` lines, not a {type(content).__name__}"
+        )
     return content
 
 

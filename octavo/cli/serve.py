@@ -21,6 +21,9 @@ from octavo.errors import ConfigError, OctavoError
 from octavo.server.settings import ServeSettings, secret_names
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from octavo.engine.tokenizer import Tokenizer
     from octavo.server.engine_client import EngineClient
     from octavo.server.metrics import ServerMetrics
 
@@ -105,7 +108,9 @@ def command(
     )
     engine = _engine_args(values)
     args = EngineArgs.from_kwargs(**engine)  # refused here, before anything is started
-    hidden = [setting.value for name, setting in merged.items() if _is_secret(name) and setting.source == "flag"]
+    hidden = [
+        setting.value for name, setting in merged.items() if _is_secret(name) and setting.source == "flag"
+    ]
     warnings = [*_hide(hidden), *layers.unknown_variables(environment, OTHER_VARIABLES)]
     if dry_run:
         _show(layers, merged, settings, args)
@@ -181,11 +186,30 @@ def _serve(
             child.kill()
 
 
-def _make_app(client: EngineClient, settings: ServeSettings) -> Any:
+async def _make_app(client: EngineClient, settings: ServeSettings) -> FastAPI:
+    """Imports and the tokenizer are got ready while the engine loads."""
+    import asyncio
+
+    def read_tokenizer(path: str | None) -> Tokenizer | None:
+        import octavo.server.app  # noqa: F401 - slow the first time
+        from octavo.engine.tokenizer import Tokenizer
+
+        # A tokenizer with code of its own is read when it is known that it may run.
+        return None if path is None else Tokenizer.from_folder(path)
+
+    reading = asyncio.gather(
+        asyncio.to_thread(read_tokenizer, await client.wait_found()), return_exceptions=True
+    )
+    info = await client.wait_ready()
+    (tokenizer,) = await reading
     from octavo.server.app import create_app
     from octavo.server.state import ServedModel, ServerState
 
-    return create_app(ServerState(client, settings, ServedModel.load(client.info, settings)))
+    if tokenizer is None or isinstance(tokenizer, BaseException) or info.tokenizer_path is None:
+        served = await asyncio.to_thread(ServedModel.load, info, settings)
+    else:
+        served = await asyncio.to_thread(ServedModel.of, info, settings, tokenizer)
+    return create_app(ServerState(client, settings, served))
 
 
 def _require_packages() -> None:
@@ -211,7 +235,9 @@ def _is_secret(parameter: str) -> bool:
 
 
 def _secret_variables() -> list[str]:
-    return [variable_of(o) for o in command.params if isinstance(o, click.Option) and _is_secret(o.name or "")]
+    return [
+        variable_of(o) for o in command.params if isinstance(o, click.Option) and _is_secret(o.name or "")
+    ]
 
 
 def _hide(values: list[Any]) -> list[str]:

@@ -179,8 +179,8 @@ class Scheduler:
         step = _LaunchedStep(self._step_id)
         budget = self.config.max_num_batched_tokens
         budget = self._schedule_decodes(out, step, budget)
-        budget = self._schedule_chunks(out, step, budget)
-        self._admit(out, step, budget)
+        left = self._schedule_chunks(out, step, budget)
+        self._admit(out, step, left, has_chunks=left < budget)
         if not out.rows:
             return None
         # Only a step that is launched may carry slot changes: what was freed while nothing could
@@ -228,7 +228,7 @@ class Scheduler:
             budget -= num_rows
         return budget
 
-    def _admit(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> None:
+    def _admit(self, out: SchedulerOutput, step: _LaunchedStep, budget: int, has_chunks: bool) -> None:
         owed = sum(self.kv.blocks_for(r.num_tokens) - len(r.blocks) for r in self.running if not r.decoding)
         while self._waiting and budget > 0 and self._free_slots:
             request = self._waiting[0][1]
@@ -241,6 +241,9 @@ class Scheduler:
             if self.running and self._refused.still(request, num_free, owed, self._step_id):
                 return
             prefix = self.kv.find_prefix(request)
+            left = request.num_tokens - len(prefix) * self.kv.block_size
+            if has_chunks and budget < min(left, self.config.least_chunk_rows):
+                return  # what is left of this step is little: the next one takes the prompt whole
             missing = self.kv.blocks_for(request.num_tokens) - len(prefix)
             spare = self.config.watermark_blocks if self.running else 0
             needed = missing + spare + num_free - self.kv.num_free_after(prefix)
@@ -256,6 +259,7 @@ class Scheduler:
             out.new_slots.append(self._new_slot(request))
             self._emit_chunk(request, num_rows, out, step)
             budget -= num_rows
+            has_chunks = True
 
     def _chunk_rows(self, request: Request, budget: int) -> int:
         known = request.num_tokens - request.num_computed_tokens - request.num_inflight_tokens

@@ -53,6 +53,7 @@ class EngineInfo:
     enable_prefix_caching: bool
     speculates: bool = False
     reads_predictions: bool = True  # some drafter follows SamplingParams(prediction=…)
+    follows_predictions: bool = True  # if it speculates: a request's `prediction` is drafted from
     synthetic_acceptance: bool = False  # drafts are accepted by coins: the text means nothing
 
 
@@ -342,7 +343,8 @@ class Engine:
             sample.drafts_held = 0 < num_drafts == num_accepted
             if speculation.steps is not None:
                 drafts = self._drafts.get(request.key.slot, [])[:num_drafts]
-                speculation.steps.append(SpeculationStep(drafts, num_accepted, *update.decision))
+                start = request.num_output_tokens - len(tokens)
+                speculation.steps.append(SpeculationStep(drafts, num_accepted, *update.decision, start))
         if update.logprobs is not None:
             sample.add_logprobs(update.logprobs[: len(tokens)], tokens, self.tokenizer)
         if reason is not None:
@@ -476,6 +478,12 @@ class Engine:
             raise RequestError(
                 "this engine's draft model cannot follow a prediction; start the engine with "
                 "speculative={'method': 'hybrid', …}, which can, or leave the prediction out",
+                "prediction",
+            )
+        if not self.info.follows_predictions:
+            raise RequestError(
+                "this engine's drafter follows no prediction; start the engine with the method predicted, "
+                "prompt_lookup, suffix or hybrid, or leave the prediction out",
                 "prediction",
             )
         prediction = params.prediction

@@ -13,6 +13,7 @@ is the last message.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -71,7 +72,11 @@ class Outbox:
     """
 
     def __init__(
-        self, sock: socket.socket, interval: float, step_seconds: Callable[[], float], on_tick: Callable[[], None]
+        self,
+        sock: socket.socket,
+        interval: float,
+        step_seconds: Callable[[], float],
+        on_tick: Callable[[], None],
     ) -> None:
         self._sock = sock
         self._interval = interval
@@ -234,11 +239,15 @@ class EngineProcess:
         args = EngineArgs.from_kwargs(**self._start.engine_args)
         prepare_environment()
         self.outbox.post(wire.Loading("looking for the model", None))
-        hub.resolve(args.model, trust_remote_code=args.trust_remote_code)  # if it is missing: before torch
+        # If it is missing that is known before torch is imported.
+        model = hub.resolve(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = model if args.tokenizer is None else hub.resolve_tokenizer(args.tokenizer)
+        self.outbox.post(wire.Found(str(model), str(tokenizer)))
         from octavo.engine.setup import build_engine
 
         parts = build_engine(args, progress=lambda stage, part: self.outbox.post(wire.Loading(stage, part)))
         self._engine = parts.engine
+        gc.freeze()  # collections need not look through all that was imported and loaded
         self.outbox.post(ready_message(parts))
         try:
             self._serve(parts.engine)

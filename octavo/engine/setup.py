@@ -187,6 +187,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         enable_prefix_caching=args.enable_prefix_caching and not synthetic,
         speculates=config.speculative is not None,
         reads_predictions=config.speculative is None or config.speculative.has_lookup,
+        follows_predictions=config.speculative is None or config.speculative.follows_predictions,
         synthetic_acceptance=synthetic,
     )
     scheduler_config = SchedulerConfig(
@@ -195,6 +196,8 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         max_model_len=memory.max_model_len,
         max_chunk_tokens=config.max_chunk_tokens,
         pipeline_depth=config.pipeline_depth,
+        # A prompt in one piece costs a GPU less than a sliver of it and the rest.
+        least_chunk_rows=config.max_num_batched_tokens // 8 if config.platform.device == "cuda" else 0,
         # one block for each request that may run, at most a hundredth of all
         watermark_blocks=min(config.max_num_seqs, memory.num_blocks // 100),
     )

@@ -5,7 +5,8 @@ type when it is read, so a damaged or foreign message is an error and never code
 On the socket each message follows its length.
 
     front end -> engine   Start, then Admit | Abort | GetStats | Shutdown
-    engine -> front end   Loading …, then Ready or Failed, then Outputs | Refused | Stats | Heartbeat
+    engine -> front end   Loading … and Found, then Ready or Failed,
+                          then Outputs | Refused | Stats | Heartbeat
 
 All outputs of a step travel in one message. Times are seconds of the system's monotonic clock, which
 the processes of one machine share.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import msgspec
@@ -84,6 +86,13 @@ class Loading(Message, frozen=True):
 
     stage: str
     fraction: float | None
+
+
+class Found(Message, frozen=True):
+    """Where the model lies: known long before the engine is ready, so that others can read its tokenizer."""
+
+    model_path: str
+    tokenizer_path: str
 
 
 class Ready(Message, frozen=True):
@@ -169,11 +178,11 @@ class Outputs(Message, frozen=True):
     outputs: list[WireOutput]
 
 
-FromEngine: TypeAlias = Loading | Ready | Failed | Refused | Stats | Heartbeat | Outputs
+FromEngine: TypeAlias = Loading | Found | Ready | Failed | Refused | Stats | Heartbeat | Outputs
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
-_decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+_decode_to_engine: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
+_decode_from_engine: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 # ---------------------------------------------------------------------- framing
@@ -185,12 +194,12 @@ def frame(message: Message) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def read_to_engine(body: bytes | memoryview) -> ToEngine:
+def read_to_engine(body: bytes) -> ToEngine:
     """A message of the front end. Raises msgspec.DecodeError."""
     return _decode_to_engine(body)
 
 
-def read_from_engine(body: bytes | memoryview) -> FromEngine:
+def read_from_engine(body: bytes) -> FromEngine:
     """A message of the engine. Raises msgspec.DecodeError."""
     return _decode_from_engine(body)
 

@@ -53,7 +53,7 @@ class LineWriter:
         if target == "-":
             return cls(sys.stdout, metrics)
         try:
-            return cls(open(target, "a", encoding="utf-8"), metrics)  # noqa: SIM115 - open as long as we are
+            return cls(open(target, "a", encoding="utf-8"), metrics)
         except OSError as error:
             raise ConfigError(f"access_log: {target} cannot be written: {error.strerror}") from None
 

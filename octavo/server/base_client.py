@@ -1,19 +1,20 @@
 """What every engine client does, wherever its engine runs: let in, hand on, count, and end in order.
 
 An implementation only carries requests to its engine (`_submit`, `_cancel`) and feeds what comes back
-into `_receive`; the rest of the protocol is here, so that a fake engine in a test behaves like a real
-one at a full queue, after a time-out, or at a client's sudden end.
+into the requests' streams. The rest of the protocol is here, so that a fake engine in a test behaves
+like a real one at a full queue, after a time-out, or at a client's sudden end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from octavo.engine.engine_stats import EngineStats
@@ -75,6 +76,7 @@ class BaseEngineClient(ABC):
         self._is_ended = False
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineClientInfo] = self._loop.create_future()
+        self._found: asyncio.Future[str | None] = self._loop.create_future()
         self._ended = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,6 +137,10 @@ class BaseEngineClient(ABC):
         """See EngineClient."""
         return await asyncio.shield(self._ready)
 
+    async def wait_found(self) -> str | None:
+        """See EngineClient."""
+        return await asyncio.shield(self._found)
+
     async def wait_dead(self) -> BaseException | None:
         """See EngineClient."""
         await self._ended.wait()
@@ -148,10 +154,8 @@ class BaseEngineClient(ABC):
         """See EngineClient."""
         self.drain()
         if drain_seconds > 0 and not self._idle.is_set():
-            try:
+            with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_seconds)
-            except asyncio.TimeoutError:
-                pass
         if not self._is_ended:
             self._note_end(None)
             await self._end()
@@ -174,7 +178,15 @@ class BaseEngineClient(ABC):
         self._let_in(num_sequences)
         stream = OutputStream(self._loop)
         request = OpenRequest(
-            next(self._keys), prompt_ids, params, request_id, arrival_time, kind, continue_prompt, prompt, stream
+            next(self._keys),
+            prompt_ids,
+            params,
+            request_id,
+            arrival_time,
+            kind,
+            continue_prompt,
+            prompt,
+            stream,
         )
         key = request.key
         self._open[key] = request
@@ -258,16 +270,15 @@ class BaseEngineClient(ABC):
     def _note_progress(self, progress: LoadProgress) -> None:
         self._progress = progress
 
+    def _note_found(self, tokenizer_path: str | None) -> None:
+        if not self._found.done():
+            self._found.set_result(tokenizer_path)
+
     def _note_ready(self, info: EngineClientInfo) -> None:
+        self._note_found(info.tokenizer_path)
         self._info = info
         if not self._ready.done():
             self._ready.set_result(info)
-
-    def _receive(self, key: int, make: Callable[[OpenRequest], RequestOutput]) -> None:
-        """An output of a request; one that nobody waits for is dropped."""
-        request = self._open.get(key)
-        if request is not None:
-            request.stream.put(make(request))
 
     def _refuse(self, key: int, error: BaseException) -> None:
         request = self._open.get(key)
@@ -281,9 +292,10 @@ class BaseEngineClient(ABC):
         self._is_ended, self._cause = True, cause
         for request in self._open.values():
             request.stream.fail(self._dead_error())
-        if not self._ready.done():
-            self._ready.set_exception(cause or EngineDeadError("the server was shut down"))
-            self._ready.exception()  # whoever waits gets it; nobody need
+        for waited in (self._ready, self._found):
+            if not waited.done():
+                waited.set_exception(cause or EngineDeadError("the server was shut down"))
+                waited.exception()  # whoever waits gets it; nobody need
         self._ended.set()
 
     def _dead_error(self) -> EngineDeadError:
@@ -337,6 +349,7 @@ class _Account:
     def close(self, last: RequestOutput | None, error: BaseException | None) -> None:
         """The request has ended: with its last output, an error, or because nobody waits any more."""
         metrics = last.metrics if last is not None else None
+        reasons: list[str]
         if last is not None:
             reasons = [answer.finish_reason or "stop" for answer in last.outputs]
         elif isinstance(error, RequestError):

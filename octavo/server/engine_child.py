@@ -54,9 +54,7 @@ class EngineChild:
             raise
         finally:
             theirs.close()
-        ours.sendall(
-            wire.frame(wire.Start(dict(engine_args), log_level, grammar_timeout, HEARTBEAT_SECONDS))
-        )
+        ours.sendall(wire.frame(wire.Start(dict(engine_args), log_level, grammar_timeout, HEARTBEAT_SECONDS)))
         return cls(process, ours)
 
     def describe_end(self) -> str:

@@ -84,6 +84,11 @@ class EngineClient(Protocol):
         ModelError or InsufficientMemoryError as an engine in this process would raise it)."""
         ...
 
+    async def wait_found(self) -> str | None:
+        """Wait until it is known where the tokenizer lies (its folder; None: there is none), which is long
+        before the engine is ready. Raises as wait_ready does."""
+        ...
+
     async def wait_dead(self) -> BaseException | None:
         """Wait until the engine has ended; None if it was asked to, otherwise why."""
         ...

@@ -12,6 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from octavo.config import parse_size
 from octavo.server.settings import ServeSettings
 
 _TOO_LARGE = (
@@ -22,10 +23,9 @@ _TOO_LARGE = (
 
 def bounded_protocol(settings: ServeSettings) -> type[HttpToolsProtocol]:
     """The protocol class for these settings."""
-    assert isinstance(settings.max_header_bytes, int)
 
     class Bounded(BoundedHttpTools):
-        max_head_bytes = settings.max_header_bytes
+        max_head_bytes = parse_size(settings.max_header_bytes, "max_header_bytes")
         head_timeout = settings.read_timeout
 
     return Bounded

@@ -68,5 +68,7 @@ def _reason(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return f"port {port} needs privileges that this user has not; choose one above 1023 with --port"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"host {host!r} is no address of this machine; try --host 127.0.0.1, or 0.0.0.0 for every network"
+        return (
+            f"host {host!r} is no address of this machine; try --host 127.0.0.1, or 0.0.0.0 for every network"
+        )
     return f"cannot listen on {host}:{port}: {error.strerror or os.strerror(error.errno or 0)}"

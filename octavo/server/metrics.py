@@ -72,7 +72,9 @@ class ServerMetrics:
         self.prefix = prefix
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
-        self.finished: Counter[str] = Counter()  # requests by finish reason: stop, length, abort, error, timeout
+        self.finished: Counter[str] = (
+            Counter()
+        )  # requests by finish reason: stop, length, abort, error, timeout
         self.rejected: Counter[str] = Counter()  # requests that never reached the engine, by reason
         self.http: Counter[tuple[str, str, int]] = Counter()  # (method, route, status)
         self.dropped_log_lines = 0
@@ -151,14 +153,22 @@ class MetricsPage:
         histograms = (
             ("time_to_first_token_seconds", "From a request's arrival to its first token.", m.ttft),
             ("inter_token_latency_seconds", "Between two outputs of a request.", m.inter_token),
-            ("request_time_per_output_token_seconds", "After the first token, by request.", m.per_output_token),
+            (
+                "request_time_per_output_token_seconds",
+                "After the first token, by request.",
+                m.per_output_token,
+            ),
             ("e2e_request_latency_seconds", "From a request's arrival to its end.", m.e2e),
             ("request_queue_time_seconds", "From a request's arrival to its first step.", m.queue),
             ("request_prefill_time_seconds", "From a request's first step to its first token.", m.prefill),
             ("request_decode_time_seconds", "From a request's first token to its end.", m.decode),
             ("request_inference_time_seconds", "From a request's first step to its end.", m.inference),
             ("request_prompt_tokens", "Prompt tokens of a request.", m.prompt_length),
-            ("request_generation_tokens", "Generated tokens of a request (its longest answer).", m.generation_length),
+            (
+                "request_generation_tokens",
+                "Generated tokens of a request (its longest answer).",
+                m.generation_length,
+            ),
             ("request_params_n", "n of a request.", m.params_n),
             ("request_params_max_tokens", "max_tokens of a request.", m.params_max_tokens),
         )
@@ -184,7 +194,9 @@ def _engine_families(made: _Maker, stats: EngineStats) -> Iterator[Metric]:
     yield made.gauge("num_requests_running", "Sequences the engine computes.", stats.num_running)
     yield made.gauge("num_requests_waiting", "Sequences in the engine's queue.", stats.num_waiting)
     yield made.gauge("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", stats.kv_usage)
-    yield made.counter("num_preemptions", "Sequences that had to give their blocks back.", stats.num_preemptions)
+    yield made.counter(
+        "num_preemptions", "Sequences that had to give their blocks back.", stats.num_preemptions
+    )
     yield made.counter("prefix_cache_queries", "Prompt tokens looked up.", stats.num_prefix_queries)
     yield made.counter("prefix_cache_hits", "Prompt tokens found.", stats.num_prefix_hits)
     yield made.counter("engine_steps", "Steps of the engine.", stats.num_steps)
@@ -252,7 +264,9 @@ class _Maker:
             "speculative_method": info.speculative_method or "",
         }
         family = GaugeMetricFamily(
-            self._name("cache_config_info"), "What the engine was built with.", labels=(*self._labels, *labels)
+            self._name("cache_config_info"),
+            "What the engine was built with.",
+            labels=(*self._labels, *labels),
         )
         family.add_metric((*self._labels.values(), *labels.values()), 1.0)
         return family

@@ -77,7 +77,9 @@ class ProcessEngineClient(BaseEngineClient):
         try:
             self._send(message)
         except UnicodeEncodeError:
-            raise RequestError("the request holds half of a Unicode surrogate pair, which is no text") from None
+            raise RequestError(
+                "the request holds half of a Unicode surrogate pair, which is no text"
+            ) from None
 
     def _cancel(self, key: int) -> None:
         self._send(wire.Abort([key]))
@@ -126,6 +128,8 @@ class ProcessEngineClient(BaseEngineClient):
                 answer.set_result(message)
         elif isinstance(message, wire.Loading):
             self._progress = LoadProgress(message.stage, message.fraction)
+        elif isinstance(message, wire.Found):
+            self._note_found(message.tokenizer_path)
         elif isinstance(message, wire.Ready):
             facts = msgspec.structs.asdict(message)
             names = self._names or (message.model,)

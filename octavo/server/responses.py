@@ -59,6 +59,7 @@ class ResponseAnswer:
             len(plan.prompt_ids), has_prediction="prediction" in plan.params.set_fields
         )
         self._names = TokenNames(plan.model.tokenizer)
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text has not come yet
         self._items: list[dict[str, Any]] = []
         self._is_open = False  # the last item may still grow
         self._events: list[str] = []
@@ -128,13 +129,14 @@ class ResponseAnswer:
             pieces = self._reader.feed(answer.text, final=answer.finish_reason is not None)
         if self._reasoning is not None:
             self._reasoning.note(answer.token_ids, pieces)
-        logprobs = self._logprobs(answer)
+        self._logprobs += self._new_logprobs(answer)
         for piece in pieces:
             if piece.kind == "reasoning":
                 self._add_text("reasoning", piece.text, [])
+                self._logprobs.clear()
             elif piece.kind == "content":
-                self._add_text("message", piece.text, logprobs)
-                logprobs = []
+                self._add_text("message", piece.text, self._logprobs)
+                self._logprobs = []
             elif piece.kind == "call":
                 self._close_item("completed")
                 self._open_call(piece.text)
@@ -142,7 +144,7 @@ class ResponseAnswer:
                 self._items[-1]["arguments"] += piece.text
                 self._item_event("response.function_call_arguments.delta", delta=piece.text)
 
-    def _logprobs(self, answer: CompletionOutput) -> list[dict[str, Any]]:
+    def _new_logprobs(self, answer: CompletionOutput) -> list[dict[str, Any]]:
         if answer.logprobs is None:
             return []
         return chat_logprobs(

@@ -24,9 +24,7 @@ _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _METRIC_PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*\Z")
 
 
-def _option(
-    default: Any, text: str, *, choices: tuple[str, ...] | None = None, secret: bool = False
-) -> Any:
+def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, secret: bool = False) -> Any:
     return dataclasses.field(
         default=default, repr=not secret, metadata={"help": text, "choices": choices, "secret": secret}
     )
@@ -109,7 +107,7 @@ class ServeSettings:
             raise ConfigError("host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network")
         if _METRIC_PREFIX.match(self.metrics_prefix) is None:
             raise ConfigError(
-                f"metrics_prefix={self.metrics_prefix!r} is not a name: letters, digits and _, not first a digit"
+                f"metrics_prefix={self.metrics_prefix!r} is not a name: letters, digits and _, no digit first"
             )
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path must begin with /, not {self.root_path!r}")
@@ -178,7 +176,12 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value < 0
+    ):
         raise _wrong(name, "a number of seconds of at least 0", value)
     return float(value)
 

@@ -84,6 +84,6 @@ def need_tokenizer(model: ServedModel, what: str) -> Tokenizer:
     """The tokenizer, or a RequestError that says why there is none."""
     if model.tokenizer is None:
         raise RequestError(
-            f"{what} needs a tokenizer, and this model is served without one: send token ids to /v1/completions"
+            f"{what} needs a tokenizer, and this model is served without one; /v1/completions takes token ids"
         )
     return model.tokenizer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -168,15 +169,15 @@ def start_executor(runner: ModelRunner, pipeline_depth: int) -> Executor:
 def measure_step_costs(runner: ModelRunner, plan: MemoryPlan) -> tuple[list[tuple[int, float]], float]:
     """What the draft budget starts from: seconds of a step by its rows, and per KV token read.
 
-    A few passes, together about as long as twenty decode steps. A KV token's time is its bytes at the
+    A few passes, together about as long as thirty decode steps. A KV token's time is its bytes at the
     rate at which one row reads the weights; the budget corrects both by what it sees.
     """
-    table = []
-    sizes: tuple[tuple[int, int], ...] = ((1, 3), (2, 2), (4, 2), (8, 2), (16, 2), (32, 1), (64, 1))
+    sizes: tuple[tuple[int, int], ...] = (
+        (1, 4), (2, 3), (4, 3), (8, 3), (12, 3), (16, 3), (20, 2), (32, 2), (64, 1),
+    )  # fmt: skip
     if runner.state.device.type == "cuda":
         sizes += tuple((rows, 1) for rows in (96, 128, 192, 256, 320, 384, 512))
-    for rows, repeats in sizes:
-        table.append((rows, min(runner.time_rows(rows) for _ in range(repeats))))
+    table = _time_passes(runner.time_rows, sizes)
     asked = plan.request
     bytes_per_second = asked.weights / table[0][1]
     return table, asked.block_bytes / asked.block_size / bytes_per_second
@@ -190,9 +191,22 @@ def measure_draft_costs(
     if model is None or draft is None:
         return None
     sizes = ((1, 3), (2, 3), (4, 3), (8, 2), (16, 2), (32, 2), (64, 1), (128, 1), (256, 1))
-    table = [(rows, min(model.time_rows(rows) for _ in range(repeats))) for rows, repeats in sizes]
+    table = _time_passes(model.time_rows, sizes)
     bytes_per_second = draft.weights / table[0][1]
     return table, draft.block_bytes / plan.request.block_size / bytes_per_second
+
+
+def _time_passes(
+    time_rows: Callable[[int], float], sizes: Sequence[tuple[int, int]]
+) -> list[tuple[int, float]]:
+    """The least of the seconds for each (rows, repeats); in rounds, so that a moment's disturbance is
+    not all that is seen of one size."""
+    best: dict[int, float] = {}
+    for number in range(max(repeats for _, repeats in sizes)):
+        for rows, repeats in sizes:
+            if number < repeats:
+                best[rows] = min(time_rows(rows), best.get(rows, math.inf))
+    return list(best.items())
 
 
 def build_runner(
@@ -248,7 +262,7 @@ def build_runner(
     if kernels.steps is None:
         warm_up(
             runner, sampler, max_step_rows=config.max_num_batched_tokens, block_size=config.args.block_size,
-            num_blocks=plan.num_blocks,
+            num_blocks=plan.num_blocks, num_draft_blocks=plan.num_draft_blocks,
         )  # fmt: skip
     return runner
 

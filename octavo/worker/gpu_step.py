@@ -7,6 +7,7 @@ lie in the buffers that the CUDA graphs read, padded to the size of the step's g
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from octavo.core.messages import RowKind, SchedulerOutput
 from octavo.kernels.triton import step as kernels
+from octavo.kernels.triton.prompt import LEAST_ROWS
 from octavo.worker.cuda_graph import GraphSizes, StepBuffers
 from octavo.worker.device_time import to_device
 from octavo.worker.input_batch import DeviceState
@@ -31,6 +33,7 @@ class GpuStep:
         self._buffers = buffers
         self._sizes = sizes
         self._rows = torch.empty(0, kernels.ROW_COLUMNS, dtype=torch.int32)  # of the step being computed
+        self._chunk_start = [0] * state.num_slots  # where each slot's next chunk begins
         self._num_sampled = 0
         self._width = 0
 
@@ -58,6 +61,7 @@ class GpuStep:
             add(kernels.SET_TOKENS, new.slot, 0, new.token_ids, len(new.token_ids))
             add(kernels.SET_BLOCKS, new.slot, 0, new.block_ids, len(new.block_ids))
             state.num_blocks[new.slot] = len(new.block_ids)
+            self._chunk_start[new.slot] = new.num_computed_tokens
         for slot, block_ids in out.new_blocks:
             add(kernels.SET_BLOCKS, slot, state.num_blocks[slot], block_ids, len(block_ids))
             state.num_blocks[slot] += len(block_ids)
@@ -104,6 +108,8 @@ class GpuStep:
         )  # fmt: skip
         max_blocks = max(state.num_blocks[slot] for slot in slots.tolist())
         metadata = buffers.metadata(num_tokens, num_reqs, longest, max_blocks * state.block_size)
+        if not is_verify.all():
+            metadata = replace(metadata, whole_prompts=self._whole_prompts(out))
         return StepInputs(
             input_ids=buffers.input_ids[:num_tokens],
             positions=metadata.positions,
@@ -113,6 +119,17 @@ class GpuStep:
             logits_slots=np.repeat(slots, columns).astype(np.int64),
             draw_positions=draw_positions,
         )
+
+    def _whole_prompts(self, out: SchedulerOutput) -> tuple[tuple[int, int, int], ...]:
+        """See AttentionMetadata: those that are long enough for it to matter."""
+        found, first = [], 0
+        for slot, num_rows, kind, _ in out.rows:
+            if kind is RowKind.CHUNK:
+                if num_rows >= LEAST_ROWS and self._chunk_start[slot] == 0:
+                    found.append((slot, first, num_rows))
+                self._chunk_start[slot] += num_rows
+            first += num_rows
+        return tuple(found)
 
     def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> Verdict | None:
         """See StepMath."""

@@ -12,7 +12,17 @@ from itertools import count
 
 import torch
 
-from octavo.core.messages import NewSlot, Propose, RowKind, Rows, SchedulerOutput, SlotKey
+from octavo.core.messages import (
+    DraftEntry,
+    DraftGroup,
+    DraftRows,
+    NewSlot,
+    Propose,
+    RowKind,
+    Rows,
+    SchedulerOutput,
+    SlotKey,
+)
 from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.sampler import Sampler
@@ -25,14 +35,24 @@ _LOGIT_ROWS = (1, 9, 17, 33, 65)
 
 
 def warm_up(
-    runner: ModelRunner, sampler: Sampler, *, max_step_rows: int, block_size: int, num_blocks: int
+    runner: ModelRunner,
+    sampler: Sampler,
+    *,
+    max_step_rows: int,
+    block_size: int,
+    num_blocks: int,
+    num_draft_blocks: int = 0,
 ) -> None:
     """Launch every kernel of `runner` once. Before the first request, and on a GPU only."""
+    from octavo.kernels.triton import prompt
+
     with torch.inference_mode():
         for rows in _LOGIT_ROWS:
             if rows <= max_step_rows:
                 _draw_all(runner.model, sampler, rows)
-        _run_steps(runner, max_step_rows, block_size, num_blocks)
+        _run_steps(runner, max_step_rows, block_size, num_blocks, num_draft_blocks)
+        longest = min(max_step_rows, runner.model.max_model_len)
+        prompt.warm_up(runner.model.attention_specs[0], runner.model.dtype, runner.model.device, longest)
         torch.cuda.synchronize()
     runner.num_replayed = runner.num_eager = 0
 
@@ -64,21 +84,25 @@ def _draw_all(model: CausalLM, sampler: Sampler, rows: int) -> None:
         sampler.draw(model.logits(hidden), batch)
 
 
-def _run_steps(runner: ModelRunner, max_step_rows: int, block_size: int, num_blocks: int) -> None:
+def _run_steps(
+    runner: ModelRunner, max_step_rows: int, block_size: int, num_blocks: int, num_draft_blocks: int
+) -> None:
     """Chunks with and without a graph, then decoding and verifying; the KV written is nobody's yet."""
     longest = min(runner.model.max_model_len - MAX_DRAFTS - 2, num_blocks * block_size - MAX_DRAFTS - 2)
     numbers = count(-1, -1)
     speculates = runner.proposes
     # One request, then so many that together they are larger than any graph.
+    if longest < 1:
+        return
     for total in (min(longest, max_step_rows), max_step_rows):
-        if longest < 1:
-            return
         lengths = []
         while total > 0 and len(lengths) < runner.state.num_slots:
             lengths.append(min(longest, total))
             total -= lengths[-1]
         for width in (1, 1 + MAX_DRAFTS) if speculates else (1,):
-            _one_life(runner, lengths, width, block_size, num_blocks, numbers, max_step_rows)
+            _one_life(
+                runner, lengths, width, block_size, num_blocks, num_draft_blocks, numbers, max_step_rows
+            )
 
 
 def _one_life(
@@ -87,6 +111,7 @@ def _one_life(
     width: int,
     block_size: int,
     num_blocks: int,
+    num_draft_blocks: int,
     numbers: count[int],
     max_step_rows: int,
 ) -> None:
@@ -109,6 +134,12 @@ def _one_life(
         row_keys=keys,
         propose=[Propose(slot, width - 1) for slot in range(len(lengths))] if width > 1 else [],
     )  # fmt: skip
+    if runner.draft_model is not None and width > 1:
+        own = [block % num_draft_blocks for block in range(reach)]
+        first.draft = DraftGroup(
+            entered=[DraftEntry(slot, 0, own) for slot in range(len(lengths))],
+            rows=[DraftRows(slot, max(0, length - 1), width - 1) for slot, length in enumerate(lengths)],
+        )
     runner.forward(first)
     runner.sample().read()
     deciding = max(1, min(len(lengths), max_step_rows // width))

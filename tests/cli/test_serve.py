@@ -25,7 +25,7 @@ class Started(Exception):
 
     def __init__(self, settings: ServeSettings, args: EngineArgs, warnings: list[str]) -> None:
         super().__init__("started")
-        self.settings, self.args, self.warnings = settings, args, warnings
+        self.settings, self.engine, self.warnings = settings, args, warnings
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,11 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the verb and catch what it would start."""
 
     def stop(
-        settings: ServeSettings, args: EngineArgs, engine: dict[str, Any], warnings: list[str], hidden: list[str]
+        settings: ServeSettings,
+        args: EngineArgs,
+        engine: dict[str, Any],
+        warnings: list[str],
+        hidden: list[str],
     ) -> int:
         assert EngineArgs.from_kwargs(**engine) == args
         raise Started(settings, args, warnings)
@@ -65,17 +69,17 @@ def test_a_flag_wins_over_the_environment_that_over_the_file_that_over_the_defau
     monkeypatch.setenv("OCTAVO_MAX_NUM_SEQS", "22")
     found = start("--config", str(file), "--port", "3333")
     assert found.settings.port == 3333
-    assert found.args.max_num_seqs == 22
-    assert found.args.max_model_len == 1024
+    assert found.engine.max_num_seqs == 22
+    assert found.engine.max_model_len == 1024
     assert found.settings.host == "0.0.0.0"
     assert found.settings.max_queue == ServeSettings().max_queue
-    assert found.args.model == "from-file"
-    assert start("given", "--config", str(file)).args.model == "given"
-    assert start("--model", "given", "--config", str(file)).args.model == "given"
+    assert found.engine.model == "from-file"
+    assert start("given", "--config", str(file)).engine.model == "given"
+    assert start("--model", "given", "--config", str(file)).engine.model == "given"
     monkeypatch.setenv("OCTAVO_MODEL", "from-env")
-    assert start("--config", str(file)).args.model == "from-env"
+    assert start("--config", str(file)).engine.model == "from-env"
     monkeypatch.setenv("OCTAVO_CONFIG", str(file))
-    assert start().args.max_model_len == 1024
+    assert start().engine.max_model_len == 1024
     assert start().settings.port == 2222
 
 
@@ -103,7 +107,7 @@ def test_variables_of_every_kind(
     start: Any, monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: Any
 ) -> None:
     monkeypatch.setenv(variable, text)
-    assert getattr(start("m").args, name) == value
+    assert getattr(start("m").engine, name) == value
 
 
 def test_lists(start: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,15 +123,17 @@ def test_speculation_from_several_places(start: Any, monkeypatch: pytest.MonkeyP
     file = tmp_path / "f.yaml"
     file.write_text("speculative_method: prompt_lookup\nnum_speculative_tokens: 3\n")
     wanted = {"method": "prompt_lookup", "num_speculative_tokens": 3}
-    assert start("--config", str(file)).args.speculative == wanted
+    assert start("--config", str(file)).engine.speculative == wanted
     monkeypatch.setenv("OCTAVO_NUM_SPECULATIVE_TOKENS", "5")
-    assert start("--config", str(file)).args.speculative == {**wanted, "num_speculative_tokens": 5}
+    assert start("--config", str(file)).engine.speculative == {**wanted, "num_speculative_tokens": 5}
     # What is said in one piece does away with the parts from lower places, and the other way round.
     whole = '{"method": "predicted"}'
-    assert start("--config", str(file), "--speculative-config", whole).args.speculative == {"method": "predicted"}
+    assert start("--config", str(file), "--speculative-config", whole).engine.speculative == {
+        "method": "predicted"
+    }
     file.write_text(f"speculative_config: {whole}\n")
     monkeypatch.delenv("OCTAVO_NUM_SPECULATIVE_TOKENS")
-    found = start("--config", str(file), "--speculative-method", "ngram").args.speculative
+    found = start("--config", str(file), "--speculative-method", "ngram").engine.speculative
     assert found == {"method": "ngram"}
 
 

@@ -48,7 +48,7 @@ def test_equal_texts_pass(cli: Cli, folder: Path, prompts: Path) -> None:
     assert runs == every | {("none", b, m) for b in (8, 64) for m in ("greedy", "sampled")}
     assert all(run["num_prompts"] == (8 if run["batch"] == 1 else 10) for run in record["runs"])
     assert all(run["num_tokens"] == 12 * run["num_prompts"] for run in record["runs"])
-    assert record["unproven"] == []
+    assert set(record["unproven"]) <= {"prompt_lookup"}  # so short a text need not repeat itself
 
 
 def test_draft_models_are_checked_too(cli: Cli, folder: Path, prompts: Path) -> None:
@@ -120,7 +120,7 @@ def test_where_rows_depend_on_each_other_differences_are_reported(
 ) -> None:
     sabotage(monkeypatch)
     arguments = [str(folder), *SMALL, "--prompts", str(prompts), "--method", "prompt_lookup"]
-    arguments += ["--dtype", "bfloat16", "--attention-backend", "torch"]
+    arguments += ["--dtype", "bfloat16", "--attention-backend", "torch", "--max-tokens", "4"]
     result = cli("verify", *arguments)
     assert result.code == 0
     assert "fell the other way" in result.out

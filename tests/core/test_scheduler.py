@@ -293,6 +293,23 @@ def test_chunks_are_bounded() -> None:
     assert [rows_of(bench.step())[0][1] for _ in range(3)] == [3, 3, 2]
 
 
+def test_no_sliver_of_a_prompt() -> None:
+    """A prompt that would only begin in what a step has left waits for the next, and nobody starves."""
+    bench = Bench(max_num_batched_tokens=32, least_chunk_rows=8, blocks=60)
+    for first in (0, 100, 200):
+        bench.add(list(range(first, first + 14)))
+    bench.add(list(range(300, 303)))
+    rows = [
+        [(row.slot, row.num_rows) for row in out.rows if row.kind is RowKind.CHUNK] for out in bench.run()
+    ]
+    assert [len(step) for step in rows[:2]] == [2, 2]  # 4 rows were left; then 14 and 3
+    assert [count for _, count in rows[0] + rows[1]] == [14, 14, 14, 3]
+    alone = Bench(max_num_batched_tokens=5, least_chunk_rows=8)  # no step has room for so many
+    alone.add(list(range(14)))
+    alone.add(list(range(20, 34)))
+    alone.run()
+
+
 def test_a_finished_id_can_be_aborted_harmlessly() -> None:
     bench = Bench()
     bench.add([1], output=1)

@@ -6,9 +6,8 @@ import itertools
 import struct
 from typing import Any
 
+import msgspec
 import pytest
-
-msgspec = pytest.importorskip("msgspec")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,7 +70,8 @@ def outputs() -> st.SearchStrategy[RequestOutput]:
         SpeculationMetrics,
         drafted=st.integers(0, 9),
         accepted_by_position=st.lists(st.integers(0, 9), max_size=3),
-        steps=st.none() | st.lists(st.builds(SpeculationStep, st.just([1, 2]), st.just(1), st.just(2), st.text())),
+        steps=st.none()
+        | st.lists(st.builds(SpeculationStep, st.just([1, 2]), st.just(1), st.just(2), st.text())),
         net_speedup=st.none() | st.floats(0, 4),
     )
     metrics = st.builds(
@@ -123,7 +123,8 @@ def test_stats_with_speculation() -> None:
 
 @settings(deadline=None)  # the machines that run tests are busy
 @given(
-    st.lists(st.integers(0, 200), min_size=1, max_size=10), st.lists(st.integers(1, 500), min_size=1, max_size=10)
+    st.lists(st.integers(0, 200), min_size=1, max_size=10),
+    st.lists(st.integers(1, 500), min_size=1, max_size=10),
 )
 def test_frames_are_found_in_any_pieces(sizes: list[int], pieces: list[int]) -> None:
     messages = [wire.Abort(list(range(size))) for size in sizes]

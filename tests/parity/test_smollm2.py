@@ -99,8 +99,9 @@ def test_samples_are_the_draws_that_the_noise_makes(smollm2_path: Path) -> None:
     assert tokens != greedy, "nothing was sampled after all"
 
 
-def test_a_few_cases(smollm2_path: Path) -> None:
-    check_few(partings(smollm2_path, 6, 48, {}), 6)
+@pytest.mark.parametrize(("num_cases", "num_tokens"), [(2, 12), (6, 48)], ids=["briefly", "longer"])
+def test_a_few_cases(smollm2_path: Path, num_cases: int, num_tokens: int) -> None:
+    check_few(partings(smollm2_path, num_cases, num_tokens, {}), num_cases)
 
 
 @pytest.mark.slow

@@ -128,13 +128,20 @@ class FakeEngineClient(BaseEngineClient):
             next_tick += self.interval
             await asyncio.sleep(max(0.0, next_tick - time.monotonic()))
             self._num_steps += 1
+            outputs = []
             for key, progress in list(self._at.items()):
                 output = progress.step()
                 if output is None:
                     continue
                 if output.finished:
                     del self._at[key]
-                progress.request.stream.put(output)
+                outputs.append((progress.request, output))
+            self._emit(outputs)
+
+    def _emit(self, outputs: Sequence[tuple[OpenRequest, RequestOutput]]) -> None:
+        """All outputs of a step."""
+        for request, output in outputs:
+            request.stream.put(output)
 
 
 class _Progress:

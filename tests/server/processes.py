@@ -119,7 +119,7 @@ class ServerProcess:
 
     def assert_no_orphans(self) -> None:
         """No process that ever belonged to it is left (within a few seconds); kills what is."""
-        gone, left = psutil.wait_procs(list(self.family.values()), timeout=10)
+        _, left = psutil.wait_procs(list(self.family.values()), timeout=10)
         for process in left:
             process.kill()
         assert not left, f"left running: {left}"

@@ -10,9 +10,10 @@ from octavo.server.engine_client import EngineClient
 from octavo.server.settings import ServeSettings
 
 
-def _make_app(client: EngineClient, settings: ServeSettings) -> Any:
+async def _make_app(client: EngineClient, settings: ServeSettings) -> Any:
     from tests.server.stub_app import make_stub_app
 
+    await client.wait_ready()
     return make_stub_app(client, settings)
 
 

@@ -109,10 +109,16 @@ def serving(
         model = ServedModel.of(engine.info, options, known)
         app = create_app(ServerState(engine, options, model))
         whole = AccessLog(guard(app, engine, options, [], metrics), None, metrics)
-        sock = socket.socket()
+        sock = socket.socket(proto=socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle's delays on
         sock.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
-            whole, lifespan="off", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=2
+            whole,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            timeout_keep_alive=600,
         )
         server = uvicorn.Server(config)
         serve = asyncio.ensure_future(server.serve(sockets=[sock]))

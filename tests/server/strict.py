@@ -74,7 +74,8 @@ def events(body: str) -> Iterator[Any]:
     """The data of each event of a stream; checks that it ends with [DONE]."""
     assert body.endswith("data: [DONE]\n\n"), body[-200:]
     for event in body.removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
-        assert event.startswith("data: ") and "\n" not in event
+        assert event.startswith("data: ")
+        assert "\n" not in event
         yield json.loads(event.removeprefix("data: "))
 
 

@@ -77,7 +77,12 @@ def _record(output: RequestOutput) -> dict[str, Any]:
 def _error(error: OctavoError) -> Response:
     headers = {"retry-after": str(error.retry_after)} if isinstance(error, BusyError) else {}
     status = 500
-    for kind, code in ((RequestError, 400), (QueueFullError, 429), (BusyError, 503), (RequestTimeoutError, 504)):
+    for kind, code in (
+        (RequestError, 400),
+        (QueueFullError, 429),
+        (BusyError, 503),
+        (RequestTimeoutError, 504),
+    ):
         if isinstance(error, kind):
             status = code
             break

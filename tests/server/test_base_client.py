@@ -152,7 +152,7 @@ def test_retry_after_follows_the_speed_of_the_last_endings() -> None:
         client._endings.clear()
         now = time.monotonic()
         client._endings.extend(now - 100 + 10 * i for i in range(10))  # one in ten seconds
-        client._open = dict.fromkeys(range(8))  # type: ignore[arg-type]
+        client._open = dict.fromkeys(range(8))  # type: ignore[assignment]
         assert 35 <= client._retry_after() <= 60
         client._open = {}
         await client.shutdown()

@@ -41,7 +41,7 @@ CALL_TEXTS = {
 }
 
 
-def post(server: Server, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
+def post(server: Server, path: str = "/v1/chat/completions", /, **body: Any) -> httpx.Response:
     return httpx.post(server.url + path, json=body, timeout=30)
 
 
@@ -114,14 +114,16 @@ def test_the_request_id_is_the_callers(plain: Server) -> None:
 def test_the_usage_chunk_has_no_choices(plain: Server) -> None:
     chunks = stream(plain, stream_options={"include_usage": True})
     *others, last = chunks
-    assert last.choices == [] and last.usage.completion_tokens == len(tokens("Grüße aus 東京 👍 to you"))
+    assert last.choices == []
+    assert last.usage.completion_tokens == len(tokens("Grüße aus 東京 👍 to you"))
     assert all(chunk.usage is None and chunk.choices for chunk in others)
 
 
 def test_continuous_usage(plain: Server) -> None:
     chunks = stream(plain, stream_options={"include_usage": True, "continuous_usage_stats": True})
     counts = [chunk.usage.completion_tokens for chunk in chunks]
-    assert counts == sorted(counts) and counts[0] >= 1
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
     assert counts[-1] == len(tokens("Grüße aus 東京 👍 to you"))
 
 
@@ -139,14 +141,16 @@ def test_best_of(plain: Server) -> None:
     ask(plain, n=2, best_of=2)  # nothing to rank
     assert last_request(plain).params.best_of is None
     refused = post(plain, messages=HI, n=1, best_of=2, stream=True)
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == "best_of"
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "best_of"
     assert stream(plain, n=1, best_of=1)
 
 
 def test_sampling_fields_arrive(plain: Server) -> None:
-    given = {
+    given: dict[str, Any] = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.5,
-        "frequency_penalty": -0.5, "repetition_penalty": 1.1, "seed": 17, "stop": ["x"], "stop_token_ids": [5],
+        "frequency_penalty": -0.5, "repetition_penalty": 1.1, "seed": 17, "stop": ["x"],
+        "stop_token_ids": [5],
         "include_stop_str_in_output": True, "bad_words": ["y"], "allowed_token_ids": [1, 2, 3],
         "logit_bias": {"4": -1.5}, "max_tokens": 9, "min_tokens": 2, "ignore_eos": True,
         "skip_special_tokens": False, "num_speculative_tokens": 3, "cache_salt": "s", "priority": 5,
@@ -166,7 +170,9 @@ def test_what_is_left_open(plain: Server) -> None:
     params = last_request(plain).params
     assert params.max_tokens is None  # the rest of the context
     assert params.temperature == 1.0
-    nulls = dict.fromkeys(["temperature", "stop", "n", "tools", "logprobs", "seed", "response_format", "user"])
+    nulls = dict.fromkeys(
+        ["temperature", "stop", "n", "tools", "logprobs", "seed", "response_format", "user"]
+    )
     ask(plain, **nulls)
     assert last_request(plain).params == params
     ask(plain, max_completion_tokens=5)
@@ -207,7 +213,8 @@ def test_token_ids(plain: Server) -> None:
     ids = [i for _, i in tokens("Grüße aus 東京 👍 to you")]
     assert answer.choices[0].token_ids == ids
     assert answer.prompt_token_ids == last_request(plain).prompt_ids
-    assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == len(answer.prompt_token_ids)
+    assert answer.prompt_logprobs[0] is None
+    assert len(answer.prompt_logprobs) == len(answer.prompt_token_ids)
     chunks = stream(plain, return_token_ids=True, prompt_logprobs=0)
     assert chunks[0].choices[0].prompt_token_ids == answer.prompt_token_ids
     assert chunks[0].choices[0].prompt_logprobs == answer.prompt_logprobs
@@ -294,17 +301,21 @@ def test_tool_calls_whole_and_streamed(template: str) -> None:
         built: dict[int, list[str]] = {}
         for delta in [c for chunk in chunks for ch in chunk.choices for c in ch.delta.tool_calls or []]:
             if delta.index not in built:
-                assert delta.id and delta.type == "function" and delta.function.name
+                assert delta.id
+                assert delta.type == "function"
+                assert delta.function.name
                 built[delta.index] = [delta.function.name, ""]
             else:
-                assert delta.id is None and delta.function.name is None
+                assert delta.id is None
+                assert delta.function.name is None
             built[delta.index][1] += delta.function.arguments
         assert [(name, json.loads(text)) for name, text in built.values()] == calls
 
         single = ask(server, tools=[WEATHER, TIME], parallel_tool_calls=False).choices[0].message
         assert [c.function.name for c in single.tool_calls] == ["get_weather"]
         none = ask(server, tools=[WEATHER], tool_choice="none").choices[0]
-        assert none.message.tool_calls is None and none.message.content == CALL_TEXTS[template]
+        assert none.message.tool_calls is None
+        assert none.message.content == CALL_TEXTS[template]
         assert "get_weather" not in str(last_request(server).prompt)
 
 
@@ -320,7 +331,10 @@ def test_a_call_can_be_required() -> None:
     named = {"type": "function", "function": {"name": "get_weather"}}
     allowed = {
         "type": "allowed_tools",
-        "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]},
+        "allowed_tools": {
+            "mode": "required",
+            "tools": [{"type": "function", "function": {"name": "get_time"}}],
+        },
     }
     with serving(script, template=HERMES) as server:
         for choice in ("required", named):
@@ -355,13 +369,19 @@ def test_definitions_of_required_calls_stand_at_the_root() -> None:
     with serving("[]", template=HERMES) as server:
         ask(server, tools=[tool("a", place), tool("b", place)], tool_choice="required")
         form = last_request(server).params.structured_outputs
-        assert form is not None and form["json"]["$defs"] == place["$defs"]
+        assert form is not None
+        assert form["json"]["$defs"] == place["$defs"]
         answer = post(server, messages=HI, tools=[tool("a", place), tool("b", other)], tool_choice="required")
-        assert answer.status_code == 400 and "$defs/P" in answer.json()["error"]["message"]
+        assert answer.status_code == 400
+        assert "$defs/P" in answer.json()["error"]["message"]
 
 
 def test_earlier_calls_go_back_to_the_template() -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "X"}'}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "X"}'},
+    }
     messages = [
         *HI,
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -375,7 +395,11 @@ def test_earlier_calls_go_back_to_the_template() -> None:
 
 
 def test_tools_for_a_template_that_knows_none() -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "X"}'}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "X"}'},
+    }
     messages = [
         {"role": "system", "content": "Be brief."},
         *HI,
@@ -421,7 +445,8 @@ def test_a_template_of_an_unknown_format() -> None:
     template = HERMES.replace("<tool_call>", "<<call>>").replace("</tool_call>", "")
     with serving('[{"name": "get_time", "parameters": {}}]', template=template) as server:
         refused = post(server, messages=HI, tools=[TIME])
-        assert refused.status_code == 400 and "--tool-parser" in refused.json()["error"]["message"]
+        assert refused.status_code == 400
+        assert "--tool-parser" in refused.json()["error"]["message"]
         assert ask(server, tools=[TIME], tool_choice="required").choices[0].finish_reason == "tool_calls"
     options = {"tool_parser": "hermes"}
     with serving(CALL_TEXTS[HERMES], template=template, settings=options) as server:
@@ -444,7 +469,8 @@ def test_a_template_of_an_unknown_format() -> None:
 )
 def test_tools_that_contradict(plain: Server, body: dict[str, Any], param: str) -> None:
     refused = post(plain, messages=HI, **body)
-    assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
 
 
 # ---------------------------------------------------------------------- reasoning
@@ -463,7 +489,8 @@ def test_reasoning_is_told_apart() -> None:
         assert texts_of(chunks) == "Four."
         assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == reasoning_tokens
         without = ask(server, include_reasoning=False).choices[0].message
-        assert not hasattr(without, "reasoning_content") and without.content == "Four."
+        assert not hasattr(without, "reasoning_content")
+        assert without.content == "Four."
         assert texts_of(stream(server, include_reasoning=False), field="reasoning_content") == ""
         held = ask(server, response_format={"type": "json_object"}).choices[0].message
         assert held.content == "Hm. 2+2?\n</think>\n\nFour."  # a form holds the whole answer
@@ -474,7 +501,8 @@ def test_thinking_can_be_switched_off() -> None:
         for body in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
             message = ask(server, **body).choices[0].message
             assert str(last_request(server).prompt).endswith("</think>\n\n")
-            assert message.content == "Four." and not hasattr(message, "reasoning_content")
+            assert message.content == "Four."
+            assert not hasattr(message, "reasoning_content")
     with serving("Hm.</think>4", template=THINKING, settings={"reasoning_parser": "none"}) as server:
         assert ask(server).choices[0].message.content == "Hm.</think>4"
 
@@ -483,7 +511,10 @@ def test_thinking_can_be_switched_off() -> None:
 
 
 def test_predictions(plain: Server) -> None:
-    given = {"type": "content", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "guess"}]}
+    given = {
+        "type": "content",
+        "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "guess"}],
+    }
     answer = post(plain, messages=HI, prediction=given)
     assert answer.status_code == 200
     assert "prediction: not used" in answer.headers["x-octavo-warnings"]
@@ -509,7 +540,8 @@ def test_warnings(plain: Server) -> None:
     assert sorted(named) == ["frobnicate", "safety_identifier", "store", "user", "verbosity"]
     assert strict.chat(answer.json()).metadata == {"a": "b"}
     hostile = post(plain, messages=HI, **{"a\r\nSet-Cookie: x": 1, "é" * 100: 1})
-    assert hostile.status_code == 200 and "set-cookie" not in hostile.headers
+    assert hostile.status_code == 200
+    assert "set-cookie" not in hostile.headers
     many = post(plain, messages=HI, **{f"x{i}": i for i in range(1000)})
     assert "and 980 more" in many.headers["x-octavo-warnings"]
 
@@ -562,7 +594,8 @@ def test_refused(plain: Server, body: dict[str, Any], param: str) -> None:
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        assert error["type"] == "invalid_request_error" and error["param"] == param, error
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param, error
 
 
 def test_schemas_have_bounds(plain: Server) -> None:
@@ -604,7 +637,7 @@ def test_the_official_client_reads_forms_and_calls() -> None:
         name: str
         inhabitants: int
 
-    class get_weather(BaseModel):  # noqa: N801 - the function's name
+    class get_weather(BaseModel):
         city: str
 
     def script(request: OpenRequest) -> str:
@@ -619,11 +652,13 @@ def test_the_official_client_reads_forms_and_calls() -> None:
         tools: Any = [openai.pydantic_function_tool(get_weather)]
         called = client.chat.completions.parse(model="fake", messages=HI, tools=tools)
         calls = called.choices[0].message.tool_calls
-        assert calls is not None and calls[0].function.parsed_arguments == get_weather(city="Bern")
+        assert calls is not None
+        assert calls[0].function.parsed_arguments == get_weather(city="Bern")
         with client.chat.completions.stream(model="fake", messages=HI, tools=tools) as events:
             final = events.get_final_completion()
         calls = final.choices[0].message.tool_calls
-        assert calls is not None and calls[0].function.parsed_arguments == get_weather(city="Bern")
+        assert calls is not None
+        assert calls[0].function.parsed_arguments == get_weather(city="Bern")
 
 
 def test_the_official_client_async(plain: Server) -> None:
@@ -632,7 +667,9 @@ def test_the_official_client_async(plain: Server) -> None:
 
             async def one() -> str:
                 text = ""
-                async for chunk in await client.chat.completions.create(model="fake", messages=HI, stream=True):
+                async for chunk in await client.chat.completions.create(
+                    model="fake", messages=HI, stream=True
+                ):
                     text += chunk.choices[0].delta.content or ""
                 return text
 

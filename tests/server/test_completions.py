@@ -46,7 +46,8 @@ def texts_of(chunks: list[Any]) -> dict[int, str]:
 
 def test_a_completion(plain: Server) -> None:
     answer = ask(plain, max_tokens=50)
-    assert answer.choices[0].text == SAID and answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == SAID
+    assert answer.choices[0].finish_reason == "stop"
     assert last_request(plain).prompt_ids == tokenizer().encode("Hello")
     assert last_request(plain).continue_prompt
     assert answer.usage.completion_tokens == len(tokens(SAID))
@@ -85,7 +86,8 @@ def test_choices_of_several_prompts() -> None:
         found = texts_of(stream(server, prompt=prompts, n=2))
         assert [found[index] for index in range(6)] == expected
         chunks = stream(server, prompt=prompts, stream_options={"include_usage": True})
-        assert chunks[-1].choices == [] and chunks[-1].usage.prompt_tokens == 3
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage.prompt_tokens == 3
 
 
 def test_echo(plain: Server) -> None:
@@ -143,10 +145,13 @@ def test_prompt_logprobs_in_vllms_shape(plain: Server) -> None:
     data = post(plain, PATH, prompt="Hello", prompt_logprobs=0, return_token_ids=True).json()
     choice = data["choices"][0]
     ids = tokenizer().encode("Hello")
-    assert choice["prompt_token_ids"] == ids and choice["token_ids"] == [i for _, i in tokens(SAID)]
+    assert choice["prompt_token_ids"] == ids
+    assert choice["token_ids"] == [i for _, i in tokens(SAID)]
     assert choice["prompt_logprobs"][0] is None
     at = choice["prompt_logprobs"][1][str(ids[1])]
-    assert at["logprob"] == -0.25 and at["rank"] == 1 and at["decoded_token"]
+    assert at["logprob"] == -0.25
+    assert at["rank"] == 1
+    assert at["decoded_token"]
 
 
 def test_forms(plain: Server) -> None:
@@ -204,7 +209,9 @@ def test_an_empty_text_has_its_begin_token() -> None:
         state = server.app.state.octavo
         from octavo.engine.tokenizer import RustBackend, Tokenizer
 
-        known = Tokenizer(RustBackend(byte_level("<|begin_of_text|>")), {"bos_token": "<|begin_of_text|>"}, PLAIN)
+        known = Tokenizer(
+            RustBackend(byte_level("<|begin_of_text|>")), {"bos_token": "<|begin_of_text|>"}, PLAIN
+        )
         object.__setattr__(state, "served", ServedModel.of(server.engine.info, ServeSettings(), known))
         ask(server, prompt="")
         assert last_request(server).prompt_ids == [known.bos_token_id]
@@ -227,7 +234,9 @@ def test_the_official_client(plain: Server) -> None:
 def test_tokens_of_texts_and_back(plain: Server) -> None:
     ids = tokenizer().encode("Grüße")
     data = post(plain, "/tokenize", prompt="Grüße", return_token_strs=True).json()
-    assert data["tokens"] == ids and data["count"] == len(ids) and data["max_model_len"] == 4096
+    assert data["tokens"] == ids
+    assert data["count"] == len(ids)
+    assert data["max_model_len"] == 4096
     assert len(data["token_strs"]) == len(ids)
     chat = post(plain, "/tokenize", messages=[{"role": "user", "content": "Hi"}]).json()
     post(plain, messages=[{"role": "user", "content": "Hi"}])
@@ -236,11 +245,12 @@ def test_tokens_of_texts_and_back(plain: Server) -> None:
     shown = post(plain, "/detokenize", tokens=[2, *ids]).json()["prompt"]
     hidden = post(plain, "/detokenize", tokens=[2, *ids], skip_special_tokens=True).json()["prompt"]
     assert (shown, hidden) == ("<|start|>Grüße", "Grüße")
-    for path, body in [
+    wrong: list[tuple[str, dict[str, Any]]] = [
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": []}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": [10**12]}),
         ("/detokenize", {"tokens": ["a"]}),
-    ]:
+    ]
+    for path, body in wrong:
         assert post(plain, path, **body).status_code == 400

@@ -293,7 +293,8 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         process = ServerProcess(str(tiny_model), "--port", str(port))
         assert process.wait_end() == 1
     assert process.err == [
-        f"octavo: error: port {port} on 127.0.0.1 is in use; choose another one with --port, or end what uses it"
+        f"octavo: error: port {port} on 127.0.0.1 is in use; "
+        "choose another one with --port, or end what uses it"
     ]
     process.assert_no_orphans()
 

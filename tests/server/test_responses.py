@@ -46,8 +46,11 @@ def stream(server: Server, **body: Any) -> list[Any]:
 
 def test_a_response(plain: Server) -> None:
     answer = ask(plain, instructions="Be brief.", metadata={"a": "b"}, temperature=0.5, max_output_tokens=99)
-    assert answer.status == "completed" and answer.output_text == SAID
-    assert answer.metadata == {"a": "b"} and answer.temperature == 0.5 and answer.max_output_tokens == 99
+    assert answer.status == "completed"
+    assert answer.output_text == SAID
+    assert answer.metadata == {"a": "b"}
+    assert answer.temperature == 0.5
+    assert answer.max_output_tokens == 99
     assert answer.usage.output_tokens == len(tokens(SAID))
     prompt = "<|start|>system\nBe brief.<|eot|>\n<|start|>user\nHi<|eot|>\n<|start|>assistant\n"
     assert last_request(plain).prompt == prompt
@@ -71,16 +74,20 @@ def test_events_of_a_text(plain: Server) -> None:
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == SAID
     assert next(e.text for e in events if e.type == "response.output_text.done") == SAID
     whole = events[-1].response
-    assert whole.output_text == SAID and whole.usage.output_tokens == len(tokens(SAID))
-    assert events[0].response.status == "in_progress" and events[0].response.id == whole.id
+    assert whole.output_text == SAID
+    assert whole.usage.output_tokens == len(tokens(SAID))
+    assert events[0].response.status == "in_progress"
+    assert events[0].response.id == whole.id
 
 
 def test_a_response_that_is_cut_short(plain: Server) -> None:
     answer = ask(plain, max_output_tokens=2)
-    assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.status == "incomplete"
+    assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.output[0].status == "incomplete"
     events = stream(plain, max_output_tokens=2)
-    assert events[-1].type == "response.incomplete" and events[-1].response.status == "incomplete"
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.status == "incomplete"
 
 
 def test_calls_whole_and_as_events() -> None:
@@ -94,21 +101,29 @@ def test_calls_whole_and_as_events() -> None:
         assert [e.output_index for e in added] == [0, 1, 2]
         done = [e for e in events if e.type == "response.function_call_arguments.done"]
         for index, event in enumerate(done, start=1):
-            pieces = [e.delta for e in events if getattr(e, "item_id", None) == event.item_id and "delta" in e.type]
+            pieces = [
+                e.delta for e in events if getattr(e, "item_id", None) == event.item_id and "delta" in e.type
+            ]
             assert "".join(pieces) == event.arguments
             assert event.item_id == added[index].item.id
-        assert [item.type for item in events[-1].response.output] == ["message", "function_call", "function_call"]
+        assert [item.type for item in events[-1].response.output] == [
+            "message",
+            "function_call",
+            "function_call",
+        ]
         choice = {"type": "function", "name": "get_time"}
         ask(server, tools=[WEATHER, TIME], tool_choice=choice)
         form = last_request(server).params.structured_outputs
-        assert form is not None and form["json"]["type"] == "object"
+        assert form is not None
+        assert form["json"]["type"] == "object"
 
 
 def test_reasoning_is_an_item() -> None:
     with serving("Hm.\n</think>\nYes.", template=THINKING) as server:
         answer = ask(server)
         assert [item.type for item in answer.output] == ["reasoning", "message"]
-        assert answer.output[0].content[0].text == "Hm." and answer.output_text == "Yes."
+        assert answer.output[0].content[0].text == "Hm."
+        assert answer.output_text == "Yes."
         assert answer.usage.output_tokens_details.reasoning_tokens > 0
         events = stream(server)
         assert "".join(e.delta for e in events if e.type == "response.reasoning_text.delta") == "Hm."
@@ -119,7 +134,12 @@ def test_conversations() -> None:
     items = [
         {"role": "developer", "content": "Be brief."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
-        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "Hm"}],
+        },
         {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "X"}'},
         {"type": "function_call", "call_id": "c2", "name": "get_time", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "rain"},
@@ -203,4 +223,5 @@ def test_the_official_client_reads_forms() -> None:
         parsed = client.responses.parse(model="fake", input="Hi", text_format=City)
         assert parsed.output_parsed == City(name="Bern")
         form = last_request(server).params.structured_outputs
-        assert form is not None and form["json"]["properties"]["name"]["type"] == "string"
+        assert form is not None
+        assert form["json"]["properties"]["name"]["type"] == "string"

@@ -259,6 +259,16 @@ def test_predictions_that_cannot_be(folder: Path) -> None:
         assert output.error is None
 
 
+@pytest.mark.parametrize("method", ["draft_model", f"{DRAFTERS}:Wrong"])
+def test_a_prediction_that_nobody_follows_is_refused(folder: Path, method: str) -> None:
+    speculative = {"method": method, **({"model": str(folder)} if method == "draft_model" else {})}
+    with (
+        LLM(str(folder), kv_cache_memory="8MB", speculative=speculative) as llm,
+        pytest.raises(RequestError, match="follows no prediction"),
+    ):
+        llm.generate("a", SamplingParams(prediction="b"), use_tqdm=False)
+
+
 def test_the_grammar_holds_whatever_is_drafted(folder: Path) -> None:
     speculative = {"method": f"{DRAFTERS}:Wrong", "num_speculative_tokens": 5}
     params = {"temperature": 1.0, "structured_outputs": {"regex": "[ab]{5}x"}, "ignore_eos": False}

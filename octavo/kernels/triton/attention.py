@@ -33,9 +33,10 @@ from octavo.kernels.triton.launch import (
 
 GROUP = 128  # tokens summed by themselves; part of the definition of a row's bits
 LOG2_E = 1.4426950408889634
+_NO_LIMIT = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs"])
+@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "whole"])
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64
@@ -44,6 +45,7 @@ def plan_kernel(
     num_tiles,
     window,
     num_reqs,
+    whole,  # nor do those of so many rows or more that begin with their first row
     LEAST: tl.constexpr,  # requests of fewer rows get no rows here
     MOST: tl.constexpr,  # nor those of more; 0: no limit
     ROWS: tl.constexpr,
@@ -66,6 +68,8 @@ def plan_kernel(
     mine = end - start >= LEAST
     if MOST > 0:
         mine = mine & (end - start <= MOST)
+    begins = tl.load(positions_ptr + start, mask=end > start, other=-1) == 0
+    mine = mine & ~(begins & (end - start >= whole))
     count = tl.where(mine, count, 0)
     i = tl.arange(0, ROWS_PADDED)
     position = tl.load(
@@ -316,8 +320,12 @@ def plan(
     least: int = 0,
     most: int = 0,
     pdl: bool | None = None,
+    whole: int = _NO_LIMIT,
 ) -> TilePlan:
-    """Cut the rows of a step into tiles; `least` and `most` choose requests by their number of rows."""
+    """Cut the rows of a step into tiles; `least` and `most` choose requests by their number of rows.
+
+    `whole`: requests that begin in this step with so many rows or more are left out.
+    """
     rows = tiling.rows(spec)
     starts = metadata.query_start_loc
     num_reqs = metadata.num_reqs
@@ -326,7 +334,7 @@ def plan(
     pdl = uses_pdl(starts) if pdl is None else pdl
     block_t = 16
     plan_kernel[(-(-num_tiles // block_t),)](
-        starts, metadata.positions, metadata.table_rows, tiles, num_tiles, spec.sliding_window or 0, num_reqs,
+        starts, metadata.positions, metadata.table_rows, tiles, num_tiles, spec.sliding_window or 0, num_reqs, whole,
         LEAST=least, MOST=most, ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
         HAS_WINDOW=spec.sliding_window is not None, BLOCK_T=block_t,
         REQUESTS=max(16, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),

@@ -12,13 +12,13 @@ the host anything, so both can be captured in a graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, pointwise, products
+from octavo.kernels.triton import attention, pointwise, products, prompt
 from octavo.kernels.triton.attention import QueryTiling, Scratch, TilePlan
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
@@ -27,7 +27,8 @@ from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
 # wide: by the request alone, so that the rows beside it do not decide how it is computed.
 NARROW_ROWS = 16
 NARROW = QueryTiling(block_q=16, stages=4, warps=4)
-WIDE = QueryTiling(block_q=128, stages=3, warps=8)
+WIDE = QueryTiling(block_q=128, stages=2, warps=8)
+WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
 WIDE_FLOAT32 = QueryTiling(block_q=16, stages=1, warps=4)
 FEW_ROWS = 64  # beyond, the library's products are faster; up to MAX_ROWS the rows would stay invariant
 _SHARED_ROWS = 32  # above so many rows there are enough query tiles to fill the card
@@ -80,10 +81,13 @@ def plans_of(
         parts = next_power_of_2(parts)
     if one_tiling or metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:
         return [attention.plan(metadata, spec, NARROW, parts)]
-    wide = WIDE_FLOAT32 if dtype == torch.float32 else WIDE
+    wide = WIDE if spec.head_dim <= 128 else WIDE_HEAD
+    if dtype == torch.float32:
+        wide = WIDE_FLOAT32
+    chunks = {"whole": prompt.LEAST_ROWS} if metadata.whole_prompts else {}
     return [
         attention.plan(metadata, spec, NARROW, parts, most=NARROW_ROWS),
-        attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1),
+        attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, **chunks),
     ]
 
 
@@ -109,6 +113,9 @@ class FusedDecoder:
         self._eps = eps
         self.few_rows = few_rows if fits(layers, table) else 0
         self._one_tiling = one_tiling
+        self._has_library_attention = not one_tiling and all(
+            prompt.serves(layer.attention, table.dtype) for layer in layers
+        )
         self._scratch: list[Scratch] = []
         self._tilings: dict[int, LayerTilings] = {}
         if self.few_rows:
@@ -163,6 +170,8 @@ class FusedDecoder:
         ctx: ForwardContext,
     ) -> torch.Tensor:
         """Hidden states after the final norm: [num_tokens, hidden]."""
+        if ctx.attention.whole_prompts and not self._has_library_attention:
+            ctx = replace(ctx, attention=replace(ctx.attention, whole_prompts=()))
         plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype, self._one_tiling)
         scratch = self._scratch_for(ctx.attention, plans)
         if len(input_ids) <= self.few_rows:
@@ -223,8 +232,14 @@ class FusedDecoder:
         for index, layer in enumerate(self._layers):
             cache = ctx.kv_caches[index]
             qkv = F.linear(x, layer.qkv, layer.qkv_bias)
-            q = pointwise.rope_store(qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache)
+            spare = prompt.PADDED_TO if ctx.attention.whole_prompts else 0
+            padded = pointwise.rope_store(
+                qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache, spare
+            )
+            q = padded[: len(input_ids)]
             attended = torch.empty_like(q)
+            if ctx.attention.whole_prompts:
+                prompt.attend(padded, cache, attended, ctx.attention, layer.attention)
             for plan in plans:
                 attention.attend(q, cache, attended, ctx.attention, layer.attention, plan, scratch, True)
             x = F.linear(attended.flatten(1), layer.o, layer.o_bias)

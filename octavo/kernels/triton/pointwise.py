@@ -280,14 +280,18 @@ def rope_store(
     positions: torch.Tensor,  # [num_tokens] int64
     slots: torch.Tensor,  # [num_tokens] int64
     kv_cache: torch.Tensor,  # [blocks, 2, kv_heads, block_size, head_dim], written
+    spare: int = 0,
 ) -> torch.Tensor:
-    """qk-norm and rotary; keys and values into the cache; returns q [num_tokens, heads, head_dim]."""
+    """qk-norm and rotary; keys and values into the cache; returns q [num_tokens + spare, heads, head_dim].
+
+    What the `spare` rows hold is left open.
+    """
     _, _, kv_heads, block_size, head_dim = kv_cache.shape
     num_tokens = qkv.shape[0]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     if not qkv.is_contiguous():
         raise ValueError("qkv must be contiguous")
-    q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    q = torch.empty(num_tokens + spare, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     q_norm, k_norm = norms or (qkv, qkv)
     pdl = uses_pdl(qkv)
     block_t = 16

@@ -364,6 +364,33 @@ def rotate_head(
 
 
 @triton.jit
+def _rotate_halves(
+    low,  # [rows, D / 2] float32, the first half of a head
+    high,  # [rows, D / 2] float32
+    norm_ptr,  # [D]
+    cos_ptr,  # [positions, HALF_ROTARY] float32
+    sin_ptr,
+    positions,  # [rows], >= 0
+    valid,
+    eps,
+    D: tl.constexpr,
+    HALF_ROTARY: tl.constexpr,  # D / 2
+    NORM: tl.constexpr,
+):
+    """As `rotate_head`, for heads that turn as a whole."""
+    h = tl.arange(0, HALF_ROTARY)
+    if NORM:
+        squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
+        scale = tl.rsqrt(squares / D + eps)[:, None]
+        low = low * scale * tl.load(norm_ptr + h).to(tl.float32)[None, :]
+        high = high * scale * tl.load(norm_ptr + HALF_ROTARY + h).to(tl.float32)[None, :]
+    angle = positions[:, None] * HALF_ROTARY + h[None, :]
+    cos = tl.load(cos_ptr + angle, mask=valid[:, None], other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=valid[:, None], other=0.0)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
 def kv_offsets(slots, head, half, BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr):
     """int64 offset of a slot's head in the cache [blocks, 2, KV_HEADS, BLOCK_SIZE, D]."""
     block = (slots // BLOCK_SIZE).to(tl.int64)
@@ -418,47 +445,68 @@ def qkv_kernel(
     )  # fmt: skip
     if _deliver(acc, partial_ptr, counter_ptr, tile, split, num_rows, SPLIT, BLOCK_N, BLOCK_M):
         D: tl.constexpr = BLOCK_N
-        d = tl.arange(0, D)
-        partner = tl.where(d < HALF_ROTARY, d + HALF_ROTARY, d - HALF_ROTARY)
-        partner = tl.where(d < 2 * HALF_ROTARY, partner, d)
         for first in tl.static_range(0, BLOCK_M, BLOCK_E):
             if first < num_rows:
                 m = first + tl.arange(0, BLOCK_E)
                 valid = m < num_rows
-                mask = valid[:, None] & (d[None, :] < D)
-                x = _collect(
-                    partial_ptr, tile, num_rows, m[:, None] * BLOCK_N + d[None, :], mask, SPLIT, BLOCK_N
-                )
                 scale = row_scales(squares_ptr, m, valid, eps, K, SQUARES, SQUARES_PADDED)
-                x = x * scale[:, None]
-                if HAS_BIAS:
-                    x += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
                 slots = tl.load(slots_ptr + m, mask=valid, other=-1)
-                if tile < HEADS + KV_HEADS:
-                    other = _collect(
-                        partial_ptr, tile, num_rows, m[:, None] * BLOCK_N + partner[None, :], mask, SPLIT,
-                        BLOCK_N,
-                    )  # fmt: skip
-                    other = other * scale[:, None]
+                is_value = tile >= HEADS + KV_HEADS
+                head = tl.where(is_value, tile - HEADS - KV_HEADS, tile - HEADS)
+                there = kv_offsets(slots, head, tl.where(is_value, 1, 0), BLOCK_SIZE, KV_HEADS, D)
+                position = tl.maximum(tl.load(positions_ptr + m, mask=valid, other=0), 0)
+                norm_ptr = q_norm_ptr
+                if tile >= HEADS:
+                    norm_ptr = k_norm_ptr
+                if 2 * HALF_ROTARY == D:
+                    # the two halves of a head turn with each other: each is read once
+                    h = tl.arange(0, HALF_ROTARY)
+                    mask = valid[:, None] & (h[None, :] < HALF_ROTARY)
+                    where = m[:, None] * BLOCK_N + h[None, :]
+                    low = _collect(partial_ptr, tile, num_rows, where, mask, SPLIT, BLOCK_N)
+                    high = _collect(partial_ptr, tile, num_rows, where + HALF_ROTARY, mask, SPLIT, BLOCK_N)
+                    low, high = low * scale[:, None], high * scale[:, None]
                     if HAS_BIAS:
-                        other += tl.load(bias_ptr + tile * D + partner).to(tl.float32)[None, :]
-                    position = tl.maximum(tl.load(positions_ptr + m, mask=valid, other=0), 0)
-                    norm_ptr = q_norm_ptr
-                    if tile >= HEADS:
-                        norm_ptr = k_norm_ptr
-                    x = rotate_head(
-                        x, other, norm_ptr, cos_ptr, sin_ptr, position, valid, eps, D, HALF_ROTARY, NORM, D
-                    )
-                if tile < HEADS:
-                    out = q_ptr + (m[:, None] * HEADS + tile) * D + d[None, :]
-                    tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
+                        low += tl.load(bias_ptr + tile * D + h).to(tl.float32)[None, :]
+                        high += tl.load(bias_ptr + tile * D + HALF_ROTARY + h).to(tl.float32)[None, :]
+                    if not is_value:
+                        low, high = _rotate_halves(
+                            low, high, norm_ptr, cos_ptr, sin_ptr, position, valid, eps, D, HALF_ROTARY, NORM
+                        )
+                    if tile < HEADS:
+                        out = q_ptr + (m[:, None] * HEADS + tile) * D + h[None, :]
+                        tl.store(out, low.to(q_ptr.dtype.element_ty), mask=mask)
+                        tl.store(out + HALF_ROTARY, high.to(q_ptr.dtype.element_ty), mask=mask)
+                    else:
+                        stored = mask & (slots >= 0)[:, None]
+                        out = cache_ptr + there[:, None] + h[None, :]
+                        tl.store(out, low.to(cache_ptr.dtype.element_ty), mask=stored)
+                        tl.store(out + HALF_ROTARY, high.to(cache_ptr.dtype.element_ty), mask=stored)
                 else:
-                    is_value = tile >= HEADS + KV_HEADS
-                    head = tl.where(is_value, tile - HEADS - KV_HEADS, tile - HEADS)
-                    half = tl.where(is_value, 1, 0)
-                    where = kv_offsets(slots, head, half, BLOCK_SIZE, KV_HEADS, D)
-                    out = cache_ptr + where[:, None] + d[None, :]
-                    tl.store(out, x.to(cache_ptr.dtype.element_ty), mask=mask & (slots >= 0)[:, None])
+                    d = tl.arange(0, D)
+                    partner = tl.where(d < HALF_ROTARY, d + HALF_ROTARY, d - HALF_ROTARY)
+                    partner = tl.where(d < 2 * HALF_ROTARY, partner, d)
+                    mask = valid[:, None] & (d[None, :] < D)
+                    where = m[:, None] * BLOCK_N + d[None, :]
+                    x = _collect(partial_ptr, tile, num_rows, where, mask, SPLIT, BLOCK_N) * scale[:, None]
+                    if HAS_BIAS:
+                        x += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
+                    if not is_value:
+                        where = m[:, None] * BLOCK_N + partner[None, :]
+                        other = _collect(partial_ptr, tile, num_rows, where, mask, SPLIT, BLOCK_N)
+                        other = other * scale[:, None]
+                        if HAS_BIAS:
+                            other += tl.load(bias_ptr + tile * D + partner).to(tl.float32)[None, :]
+                        x = rotate_head(
+                            x, other, norm_ptr, cos_ptr, sin_ptr, position, valid, eps, D, HALF_ROTARY, NORM,
+                            D,
+                        )  # fmt: skip
+                    if tile < HEADS:
+                        out = q_ptr + (m[:, None] * HEADS + tile) * D + d[None, :]
+                        tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
+                    else:
+                        out = cache_ptr + there[:, None] + d[None, :]
+                        tl.store(out, x.to(cache_ptr.dtype.element_ty), mask=mask & (slots >= 0)[:, None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,6 +563,8 @@ def choose_tiling(kind: str, n: int, k: int, num_rows: int) -> Tiling:
         split = k // 512
         if kind == "qkv" and num_rows > 64:
             return Tiling(64, split, 64, 4, warps=8)
+        if kind == "residual" and num_rows > 32 and split > 4:
+            return Tiling(64, split, 64, 6, warps=8)
         return Tiling(64, split, 64, 1, warps=8, early=512)
     tiles = -(-n // (128 if kind == "qkv" else 64))
     split = 1
@@ -528,10 +578,13 @@ def choose_tiling(kind: str, n: int, k: int, num_rows: int) -> Tiling:
         tiling = Tiling(64, split, 128, 4 if kind == "residual" else 3)
         if kind == "residual" and k > 2 * n:  # one long part a program: begin it early
             tiling = replace(tiling, stages=3, early=256)
-    if num_rows > 32 and kind == "qkv":
-        tiling = replace(tiling, warps=8)
-    if num_rows > 32 and kind == "gate_up" and n >= 16384:
-        tiling = replace(tiling, block_n=128, warps=8)
+    if num_rows > 32:
+        if kind == "qkv":
+            tiling = replace(tiling, warps=8)
+        elif kind == "gate_up" and n >= 16384:
+            tiling = replace(tiling, stages=4)
+        elif kind == "residual" and k >= 4096:
+            tiling = replace(tiling, block_k=128, stages=3, warps=8)
     return tiling
 
 

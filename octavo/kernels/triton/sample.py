@@ -29,9 +29,10 @@ def _gumbel(word):
     near = tl.where(high, ~signed, signed)  # below 2^31
     u = near.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     rest = 1.0 - u
-    # high half: E = -log(u), u being 1 - word / 2^32; low half: -log1p(-u)
-    log1p = tl.where(rest == 1.0, -u, tl.log(rest) * (u / tl.where(rest == 1.0, 1.0, 1.0 - rest)))
-    return -tl.log(-tl.where(high, tl.log(u), log1p))
+    # high half: E = -log(u), u being 1 - word / 2^32; low half: -log1p(-u), log(rest) without its rounding
+    repair = tl.where(high | (rest == 1.0), 1.0, u / tl.where(rest == 1.0, 1.0, 1.0 - rest))
+    log = tl.log(tl.where(high, u, rest)) * repair
+    return -tl.log(tl.where(high | (rest < 1.0), -log, u))
 
 
 @one_form("logits_ptr", "vocab", "stride")

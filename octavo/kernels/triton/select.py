@@ -1,12 +1,13 @@
 """The greatest logits of a row without a sort: thresholds of top-k and top-p, and the top n themselves.
 
-A row is read by many programs at once, in three passes. The first finds the greatest logit. The
-second counts, and weighs, the tokens in BINS bins by their distance from it; the bins grow with the
-distance, so that they hold few tokens each whatever the scale of the logits. Then it is known which
-bin the threshold lies in. The third pass writes the tokens of that bin (of all bins above it too,
-where they are few) into a list, in which the threshold is searched, exactly: by logit, then by id.
-Where both top-k and top-p ask, what top-k left has to be known before top-p can be weighed, so the
-third pass may be needed once more. Between the passes one program a row decides what the next does.
+A row is read by many programs at once, in four passes. The first finds the greatest logit. The
+second counts, or weighs, the tokens within RUNGS distances from it, each twice the one before, so it
+is known roughly where the threshold lies. The third sorts the tokens about there, or from there up,
+into BINS bins; they grow with the distance, so that they hold few tokens each whatever the scale of
+the logits. The fourth writes the tokens of the bin that the threshold lies in (of all bins above it
+too, where they are few) into a list, in which it is searched, exactly: by logit, then by id. Where both
+top-k and top-p ask, what top-k left has to be known before top-p can be weighed, so the last pass may
+be needed once more. Between the passes one program a row decides what the next does.
 
 Weights are integers, exp((logit - greatest) / temperature) times 2^40: their sums are the same in
 any order, so a row's tokens are a function of the row alone. A bin of more than LIST tokens (equal
@@ -24,7 +25,8 @@ from octavo.kernels.triton.launch import next_power_of_2, one_form
 
 BINS = 4096  # of a distance: 5 bits of its exponent, 7 of its mantissa
 LIST = 4096  # tokens that are searched without the logits
-STATE = 8  # numbers of a row beside its bins
+FEW = 512  # tokens that are searched fast
+STATE = 40  # numbers of a row beside its bins
 _ROWS = 256  # rows at a time, so that bins and lists stay small
 
 _BEST = tl.constexpr(0)  # order of the greatest logit, plus 2^31
@@ -33,7 +35,10 @@ _PENDING = tl.constexpr(2)  # what the next pass is to find: 0 nothing, 1 by cou
 _FROM = tl.constexpr(3)  # bins whose tokens it lists
 _TO = tl.constexpr(4)
 _LEFT = tl.constexpr(5)  # how many of them, or how much of their weight, is kept
-_TOTAL = tl.constexpr(6)  # weight of all tokens, for log-probabilities
+_LADDER = tl.constexpr(8)  # RUNGS numbers: how many tokens, or how much weight, within each distance
+_RUNGS = tl.constexpr(16)  # within 1/64, 1/32 … 256, and all
+_TOTAL = tl.constexpr(24)  # for log-probabilities: weight of all tokens
+_GREATER = tl.constexpr(25)  # and how many are greater than a row's own
 
 
 @triton.jit
@@ -111,6 +116,23 @@ def _wanted(top_p, total):
 
 
 @triton.jit
+def _rung_of(state, wanted):
+    """Where the ladder reaches `wanted`: (within this distance, beyond that one, what lies up to that)."""
+    r = tl.arange(0, _RUNGS)
+    reached = tl.load(state + _LADDER + r)
+    rung = tl.min(tl.where(reached >= wanted, r, _RUNGS - 1), axis=0)
+    within = ((rung + 121) << 23).to(tl.float32, bitcast=True)  # 2 ** (rung - 6)
+    beyond = ((rung + 120) << 23).to(tl.float32, bitcast=True)
+    base = tl.sum(tl.where(r == rung - 1, reached, 0), axis=0)
+    return tl.where(rung == _RUNGS - 1, float("inf"), within), tl.where(rung == 0, -1.0, beyond), base
+
+
+@triton.jit
+def _all_on_ladder(state):
+    return tl.load(state + _LADDER + _RUNGS - 1)
+
+
+@triton.jit
 def _seek_weight(state, weights, wanted, BINS: tl.constexpr):
     """Set the next pass on the bin in which the weights of the greatest tokens reach `wanted`."""
     b = tl.arange(0, BINS)
@@ -123,21 +145,35 @@ def _seek_weight(state, weights, wanted, BINS: tl.constexpr):
 
 
 @triton.jit
-def _seek_count(state, counts, wanted, LIST: tl.constexpr, BINS: tl.constexpr):
-    """Set the next pass on the bin in which the greatest `wanted` tokens end, and those above if few."""
+def _seek_count(state, counts, base, wanted, LIST: tl.constexpr, BINS: tl.constexpr):
+    """Set the next pass on the bin in which the greatest `wanted` tokens end, and those above if few.
+
+    `base` tokens are greater than those that were counted.
+    """
     b = tl.arange(0, BINS)
-    above = tl.cumsum(counts, axis=0)
+    above = base + tl.cumsum(counts, axis=0)
     place = tl.min(tl.where(above >= wanted, b, BINS - 1), axis=0)
-    upto = tl.sum(tl.where(b <= place, counts, 0), axis=0)
-    before = tl.where(upto <= LIST, 0, tl.sum(tl.where(b < place, counts, 0), axis=0))
+    upto = base + tl.sum(tl.where(b <= place, counts, 0), axis=0)
+    before = base + tl.sum(tl.where(b < place, counts, 0), axis=0)
     tl.store(state + _PENDING, 1)
     tl.store(state + _FROM, tl.where(upto <= LIST, 0, place).to(tl.int64))
     tl.store(state + _TO, place.to(tl.int64))
-    tl.store(state + _LEFT, wanted - before)
+    tl.store(state + _LEFT, wanted - tl.where(upto <= LIST, 0, before))
+
+
+@triton.jit
+def _climb(distance, there, values):
+    """[32] int64: what a chunk's tokens add to the ladder. In one piece, because an atomic takes its time."""
+    r = tl.arange(0, 32)
+    reached = tl.where(r == _RUNGS - 1, tl.sum(tl.where(there, values, 0), axis=0).to(tl.int64), 0)
+    for rung in tl.static_range(_RUNGS - 1):
+        within = there & (distance <= 2.0 ** (rung - 6))
+        reached += tl.where(r == rung, tl.sum(tl.where(within, values, 0), axis=0).to(tl.int64), 0)
+    return reached
 
 
 @one_form("logits_ptr", "vocab", "stride")
-def filter_bins_kernel(
+def filter_ladder_kernel(
     logits_ptr,  # [rows, vocab] float32
     temperature_ptr,  # [rows] float32
     top_k_ptr,  # [rows] int32
@@ -146,8 +182,6 @@ def filter_bins_kernel(
     vocab,
     stride,
     ROW: tl.constexpr,
-    STATE: tl.constexpr,
-    BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -160,12 +194,54 @@ def filter_bins_kernel(
         ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
         there = logits > float("-inf")
-        place = state + STATE + _bin_of(logits, best)
         if counts_them:
-            tl.atomic_add(place, tl.full((CHUNK,), 1, dtype=tl.int64), mask=there, sem="relaxed")
-        if weighs_them:
-            weight = _weight_of(logits, best, temperature)
-            tl.atomic_add(place + BINS, weight, mask=there & (weight > 0), sem="relaxed")
+            reached = _climb(best - logits, there, tl.full((CHUNK,), 1, dtype=tl.int32))
+        else:
+            reached = _climb(best - logits, there, _weight_of(logits, best, temperature))
+        r = tl.arange(0, 32)
+        tl.atomic_add(state + _LADDER + r, reached, mask=r < _RUNGS, sem="relaxed")
+
+
+@one_form("logits_ptr", "vocab", "stride")
+def filter_bins_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    state_ptr,
+    vocab,
+    stride,
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    state = state_ptr + row * ROW
+    best, temperature = _best_of(state), tl.load(temperature_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    filters = (temperature >= 1e-5) & (best > float("-inf"))
+    counts_them, weighs_them = filters & (top_k > 0), filters & (top_p < 1.0)
+    if counts_them | weighs_them:
+        whole = _all_on_ladder(state)
+        wanted = top_k.to(tl.int64)
+        if not counts_them:
+            wanted = _wanted(top_p, whole)
+        within, beyond, _ = _rung_of(state, wanted)
+        if counts_them & weighs_them:
+            beyond = -1.0  # what top-k leaves has to be weighed
+            within = tl.where(whole > wanted, within, float("inf"))
+        ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+        logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
+        distance = best - logits
+        there = (logits > float("-inf")) & (distance <= within) & (distance > beyond)
+        if tl.max(there.to(tl.int32), axis=0) > 0:
+            place = state + STATE + _bin_of(logits, best)
+            if counts_them:
+                tl.atomic_add(place, tl.full((CHUNK,), 1, dtype=tl.int64), mask=there, sem="relaxed")
+            if weighs_them:
+                weight = _weight_of(logits, best, temperature)
+                tl.atomic_add(place + BINS, weight, mask=there & (weight > 0), sem="relaxed")
 
 
 @one_form()
@@ -191,13 +267,21 @@ def filter_seek_kernel(
     filters = (tl.load(temperature_ptr + row) >= 1e-5) & (best > float("-inf"))
     if filters & ((top_k > 0) | (top_p < 1.0)):
         b = tl.arange(0, BINS)
-        counts = tl.load(state + STATE + b)
-        cuts = (top_k > 0) & (tl.sum(counts, axis=0) > top_k)
-        if cuts:
-            _seek_count(state, counts, top_k.to(tl.int64), LIST, BINS)
+        whole = _all_on_ladder(state)
+        wanted = top_k.to(tl.int64)
+        if (top_k > 0) & (whole > wanted):
+            _, _, base = _rung_of(state, wanted)
+            counts = tl.load(state + STATE + b)
+            _seek_count(state, counts, tl.where(top_p < 1.0, 0, base), wanted, LIST, BINS)
         elif top_p < 1.0:
             weights = tl.load(state + STATE + BINS + b)
-            _seek_weight(state, weights, _wanted(top_p, tl.sum(weights, axis=0)), BINS)
+            base = tl.zeros_like(whole)
+            if top_k > 0:  # it cuts nothing, and the ladder has counted
+                wanted = _wanted(top_p, tl.sum(weights, axis=0))
+            else:
+                wanted = _wanted(top_p, whole)
+                _, _, base = _rung_of(state, wanted)
+            _seek_weight(state, weights, wanted - base, BINS)
 
 
 @one_form("logits_ptr", "vocab", "stride")
@@ -234,35 +318,45 @@ def list_kernel(
 
 @triton.jit
 def _measure(
-    keys,  # [LIST] int64: the list
-    values,  # [LIST] int64: what each counts
+    keys,  # [SIZE] int64: the list
+    values,  # [SIZE] int64: what each counts
     overflows,  # the list is not all of it
-    at_least,
+    first,  # three keys
+    second,
+    third,
     row_ptr,
     vocab,
     low_bin,
     high_bin,
     best,
     temperature,
+    MAY_OVERFLOW: tl.constexpr,
     WEIGHS: tl.constexpr,
     ID_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Number, or weight, of the listed tokens from a key on."""
-    total = tl.sum(tl.where(keys >= at_least, values, 0), axis=0)
-    if overflows:
-        total = tl.zeros_like(total)
-        for start in range(0, vocab, CHUNK):
-            ids = start + tl.arange(0, CHUNK)
-            logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
-            place = _bin_of(logits, best)
-            inside = (place >= low_bin) & (place <= high_bin) & (logits > float("-inf"))
-            inside = inside & (_key_of(logits, ids, ID_BITS) >= at_least)
-            value = tl.full((CHUNK,), 1, dtype=tl.int64)
-            if WEIGHS:
-                value = _weight_of(logits, best, temperature)
-            total += tl.sum(tl.where(inside, value, 0), axis=0)
-    return total
+    """Number, or weight, of the listed tokens from each of three keys on."""
+    from_first = tl.sum(tl.where(keys >= first, values, 0), axis=0)
+    from_second = tl.sum(tl.where(keys >= second, values, 0), axis=0)
+    from_third = tl.sum(tl.where(keys >= third, values, 0), axis=0)
+    if MAY_OVERFLOW:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+        if overflows:
+            from_first = tl.zeros_like(from_first)
+            from_second, from_third = from_first, from_first
+            for start in range(0, vocab, CHUNK):
+                ids = start + tl.arange(0, CHUNK)
+                logits = legal(tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")))
+                place = _bin_of(logits, best)
+                inside = (place >= low_bin) & (place <= high_bin) & (logits > float("-inf"))
+                key = _key_of(logits, ids, ID_BITS)
+                value = tl.full((CHUNK,), 1, dtype=tl.int64)
+                if WEIGHS:
+                    value = _weight_of(logits, best, temperature)
+                value = tl.where(inside, value, 0)
+                from_first += tl.sum(tl.where(key >= first, value, 0), axis=0)
+                from_second += tl.sum(tl.where(key >= second, value, 0), axis=0)
+                from_third += tl.sum(tl.where(key >= third, value, 0), axis=0)
+    return from_first, from_second, from_third
 
 
 @triton.jit
@@ -279,22 +373,93 @@ def _search(
     high_bin,
     best,
     temperature,
+    MAY_OVERFLOW: tl.constexpr,
     WEIGHS: tl.constexpr,
     ID_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """The greatest key from which on the listed tokens are, or weigh, enough."""
     while high - low > 1:
-        middle = low + ((high - low) >> 1)
-        found = _measure(
-            keys, values, overflows, middle, row_ptr, vocab, low_bin, high_bin, best, temperature, WEIGHS,
-            ID_BITS, CHUNK,
+        step = tl.maximum((high - low) >> 2, 1)
+        first, second, third = low + step, low + 2 * step, low + 3 * step
+        from_first, from_second, from_third = _measure(
+            keys, values, overflows, first, second, third, row_ptr, vocab, low_bin, high_bin, best,
+            temperature, MAY_OVERFLOW, WEIGHS, ID_BITS, CHUNK,
         )  # fmt: skip
-        if found >= enough:
-            low = middle
+        if from_third >= enough:
+            low = third
+        elif from_second >= enough:
+            low, high = second, tl.minimum(high, third)
+        elif from_first >= enough:
+            low, high = first, tl.minimum(high, second)
         else:
-            high = middle
+            high = tl.minimum(high, first)
     return low
+
+
+@triton.jit
+def _find(
+    pending,
+    listed,
+    list_row,
+    state,
+    row_ptr,
+    vocab,
+    temperature,
+    top_p,
+    SIZE: tl.constexpr,  # tokens of the list that are looked at
+    MAY_OVERFLOW: tl.constexpr,
+    STATE: tl.constexpr,
+    BINS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The least key that is kept; what top-k keeps where top-p has to look elsewhere and stays pending."""
+    best, left = _best_of(state), tl.load(state + _LEFT)
+    low_bin, high_bin = tl.load(state + _FROM), tl.load(state + _TO)
+    overflows = listed > SIZE
+    i = tl.arange(0, SIZE)
+    none = tl.full((SIZE,), -9223372036854775808, dtype=tl.int64)
+    keys = tl.load(list_row + i, mask=i < listed, other=-9223372036854775808)
+    values = tl.where(keys == none, best, _logit_of(keys >> ID_BITS))
+    weights = tl.where(keys == none, 0, _weight_of(values, best, temperature))
+    ones = tl.full((SIZE,), 1, dtype=tl.int64)
+    high = _key_of(best, tl.zeros((), dtype=tl.int64), ID_BITS) + 1
+    low = tl.min(tl.where(keys == none, high, keys), axis=0)
+    if MAY_OVERFLOW:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+        if overflows:
+            low = tl.full((), -2147483648, dtype=tl.int64) << ID_BITS
+    tl.debug_barrier()  # every warp has read the state
+    tl.store(state + _LISTED, 0)
+    tl.store(state + _PENDING, 0)
+    found = low
+    if pending == 1:
+        found = _search(
+            low, high, left, keys, ones, overflows, row_ptr, vocab, low_bin, high_bin, best, temperature,
+            MAY_OVERFLOW, False, ID_BITS, CHUNK,
+        )  # fmt: skip
+        if top_p < 1.0:
+            # what top-k left, weighed
+            b = tl.arange(0, BINS)
+            of_bin = tl.where(b < low_bin, tl.load(state + STATE + BINS + b), 0)
+            before = tl.sum(of_bin, axis=0)
+            kept, _, _ = _measure(
+                keys, weights, overflows, found, found, found, row_ptr, vocab, low_bin, high_bin, best,
+                temperature, MAY_OVERFLOW, True, ID_BITS, CHUNK,
+            )  # fmt: skip
+            wanted = _wanted(top_p, before + kept)
+            if wanted <= before:
+                _seek_weight(state, of_bin, wanted, BINS)
+            else:
+                left = wanted - before
+                low = found
+                pending = tl.full((), 2, dtype=tl.int64)
+    if pending == 2:
+        found = _search(
+            low, high, left, keys, weights, overflows, row_ptr, vocab, low_bin, high_bin, best, temperature,
+            MAY_OVERFLOW, True, ID_BITS, CHUNK,
+        )  # fmt: skip
+    return found
 
 
 @one_form("logits_ptr", "vocab", "stride")
@@ -312,58 +477,26 @@ def filter_search_kernel(
     STATE: tl.constexpr,
     BINS: tl.constexpr,
     LIST: tl.constexpr,
+    FEW: tl.constexpr,
     ID_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     state, row_ptr = state_ptr + row * ROW, logits_ptr + row * stride
-    pending = tl.load(state + _PENDING)
+    pending, listed = tl.load(state + _PENDING), tl.load(state + _LISTED)
     if pending != 0:
-        best, temperature, top_p = _best_of(state), tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
-        listed, left = tl.load(state + _LISTED), tl.load(state + _LEFT)
-        low_bin, high_bin = tl.load(state + _FROM), tl.load(state + _TO)
-        tl.debug_barrier()  # every warp has read them
-        tl.store(state + _LISTED, 0)
-        tl.store(state + _PENDING, 0)
-        overflows = listed > LIST
-        i = tl.arange(0, LIST)
-        none = tl.full((LIST,), -9223372036854775808, dtype=tl.int64)
-        keys = tl.load(list_ptr + row * LIST + i, mask=i < listed, other=-9223372036854775808)
-        values = tl.where(keys == none, best, _logit_of(keys >> ID_BITS))
-        weights = tl.where(keys == none, 0, _weight_of(values, best, temperature))
-        ones = tl.full((LIST,), 1, dtype=tl.int64)
-        high = _key_of(best, tl.zeros((), dtype=tl.int64), ID_BITS) + 1
-        low = tl.min(tl.where(keys == none, high, keys), axis=0)
-        if overflows:
-            low = tl.full((), -2147483648, dtype=tl.int64) << ID_BITS
-        found = low
-        if pending == 1:
-            found = _search(
-                low, high, left, keys, ones, overflows, row_ptr, vocab, low_bin, high_bin, best,
-                temperature, False, ID_BITS, CHUNK,
+        temperature, top_p = tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
+        list_row = list_ptr + row * LIST
+        if listed <= FEW:
+            found = _find(
+                pending, listed, list_row, state, row_ptr, vocab, temperature, top_p, FEW, False, STATE, BINS,
+                ID_BITS, CHUNK,
             )  # fmt: skip
-            if top_p < 1.0:
-                # what top-k left, weighed
-                b = tl.arange(0, BINS)
-                of_bin = tl.where(b < low_bin, tl.load(state + STATE + BINS + b), 0)
-                before = tl.sum(of_bin, axis=0)
-                kept = _measure(
-                    keys, weights, overflows, found, row_ptr, vocab, low_bin, high_bin, best, temperature,
-                    True, ID_BITS, CHUNK,
-                )  # fmt: skip
-                wanted = _wanted(top_p, before + kept)
-                if wanted <= before:
-                    _seek_weight(state, of_bin, wanted, BINS)
-                else:
-                    left = wanted - before
-                    low = found
-                    pending = tl.full((), 2, dtype=tl.int64)
-        if pending == 2:
-            found = _search(
-                low, high, left, keys, weights, overflows, row_ptr, vocab, low_bin, high_bin, best,
-                temperature, True, ID_BITS, CHUNK,
+        else:
+            found = _find(
+                pending, listed, list_row, state, row_ptr, vocab, temperature, top_p, LIST, True, STATE, BINS,
+                ID_BITS, CHUNK,
             )  # fmt: skip
-        # after a top-k that leaves top-p to the next pass this is not the end, but not wrong either
         tl.store(order_ptr + row, (found >> ID_BITS).to(tl.int32))
         last = (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1))
         tl.store(limit_ptr + row, (last + 1).to(tl.int32))
@@ -379,16 +512,14 @@ def _logprob_of(logits, state):
 
 
 @one_form("logits_ptr", "vocab", "stride")
-def top_bins_kernel(
+def top_ladder_kernel(
     logits_ptr,
     tokens_ptr,  # [rows] int64
     state_ptr,
-    greater_ptr,  # [rows] int32, zero: tokens with a greater logit than tokens[row] has
     num_top,
     vocab,
     stride,
     ROW: tl.constexpr,
-    STATE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -398,10 +529,36 @@ def top_bins_kernel(
     there = ids < vocab
     logits = legal(tl.load(row_ptr + ids, mask=there, other=float("-inf")))
     own = legal(tl.load(row_ptr + tl.maximum(tl.load(tokens_ptr + row), 0)))
-    tl.atomic_add(greater_ptr + row, tl.sum((there & (logits > own)).to(tl.int32), axis=0), sem="relaxed")
-    weight = tl.where(there, _weight_of(logits, best, 1.0), 0)
-    tl.atomic_add(state + _TOTAL, tl.sum(weight, axis=0), sem="relaxed")
+    r = tl.arange(0, 32)
+    reached = tl.zeros((32,), dtype=tl.int64)
     if num_top > 0:
+        reached = _climb(best - logits, there, tl.full((CHUNK,), 1, dtype=tl.int32))
+    weight = tl.where(there, _weight_of(logits, best, 1.0), 0)
+    reached += tl.where(r == _TOTAL - _LADDER, tl.sum(weight, axis=0), 0)
+    greater = tl.sum((there & (logits > own)).to(tl.int32), axis=0).to(tl.int64)
+    reached += tl.where(r == _GREATER - _LADDER, greater, 0)
+    tl.atomic_add(state + _LADDER + r, reached, sem="relaxed")
+
+
+@one_form("logits_ptr", "vocab", "stride")
+def top_bins_kernel(
+    logits_ptr,
+    state_ptr,
+    num_top,
+    vocab,
+    stride,
+    ROW: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    state = state_ptr + row * ROW
+    best = _some_best_of(state)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    logits = legal(tl.load(logits_ptr + row * stride + ids, mask=ids < vocab, other=float("-inf")))
+    within, _, _ = _rung_of(state, num_top.to(tl.int64))
+    there = (ids < vocab) & (best - logits <= within)
+    if tl.max(there.to(tl.int32), axis=0) > 0:
         ones = tl.full((CHUNK,), 1, dtype=tl.int64)
         tl.atomic_add(state + STATE + _bin_of(logits, best), ones, mask=there, sem="relaxed")
 
@@ -411,7 +568,6 @@ def top_seek_kernel(
     logits_ptr,
     tokens_ptr,
     state_ptr,
-    greater_ptr,
     logprob_ptr,  # [rows] float32, written
     rank_ptr,  # [rows] int64, written
     num_top,
@@ -426,10 +582,10 @@ def top_seek_kernel(
     token = tl.load(tokens_ptr + row)
     own = legal(tl.load(logits_ptr + row * stride + tl.maximum(token, 0)))
     tl.store(logprob_ptr + row, tl.where(token < 0, float("-inf"), _logprob_of(own, state)))
-    tl.store(rank_ptr + row, tl.where(token < 0, 0, tl.load(greater_ptr + row).to(tl.int64) + 1))
+    tl.store(rank_ptr + row, tl.where(token < 0, 0, tl.load(state + _GREATER) + 1))
     if num_top > 0:
         counts = tl.load(state + STATE + tl.arange(0, BINS))
-        _seek_count(state, counts, num_top.to(tl.int64), LIST, BINS)
+        _seek_count(state, counts, tl.zeros((), dtype=tl.int64), num_top.to(tl.int64), LIST, BINS)
         tl.debug_barrier()
         tl.store(state + _FROM, 0)  # those above are wanted as well
 
@@ -505,6 +661,9 @@ def thresholds(
         columns = temperature[part], top_k[part], top_p[part]
         best_kernel[(count, chunks)](mine, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4)
         if any_cut:
+            filter_ladder_kernel[(count, chunks)](
+                mine, *columns, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4
+            )
             filter_bins_kernel[(count, chunks)](
                 mine, *columns, state, vocab, logits.stride(0), ROW=row, STATE=STATE, BINS=BINS, CHUNK=chunk,
                 num_warps=4,
@@ -523,8 +682,8 @@ def thresholds(
             )  # fmt: skip
             filter_search_kernel[(count,)](
                 mine, columns[0], columns[2], state, listed, order[part], limit[part], vocab,
-                logits.stride(0), ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, ID_BITS=id_bits, CHUNK=min(LIST, chunk),
-                num_warps=8,
+                logits.stride(0), ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, FEW=min(FEW, LIST),
+                ID_BITS=id_bits, CHUNK=chunk, num_warps=8,
             )  # fmt: skip
     return order, limit, best
 
@@ -554,14 +713,17 @@ def top(
         chunk = chunk_of(count, vocab)
         chunks = -(-vocab // chunk)
         state = torch.zeros(count, row, dtype=torch.int64, device=device)
-        greater = torch.zeros(count, dtype=torch.int32, device=device)
         best_kernel[(count, chunks)](mine, state, vocab, logits.stride(0), ROW=row, CHUNK=chunk, num_warps=4)
-        top_bins_kernel[(count, chunks)](
-            mine, tokens[part], state, greater, num_top, vocab, logits.stride(0), ROW=row, STATE=STATE,
-            CHUNK=chunk, num_warps=4,
+        top_ladder_kernel[(count, chunks)](
+            mine, tokens[part], state, num_top, vocab, logits.stride(0), ROW=row, CHUNK=chunk,
+            num_warps=4,
         )  # fmt: skip
+        if num_top:
+            top_bins_kernel[(count, chunks)](
+                mine, state, num_top, vocab, logits.stride(0), ROW=row, STATE=STATE, CHUNK=chunk, num_warps=4
+            )
         top_seek_kernel[(count,)](
-            mine, tokens[part], state, greater, logprobs[part], ranks[part], num_top, logits.stride(0),
+            mine, tokens[part], state, logprobs[part], ranks[part], num_top, logits.stride(0),
             ROW=row, STATE=STATE, BINS=BINS, LIST=LIST, num_warps=8,
         )  # fmt: skip
         if not num_top:

@@ -118,9 +118,13 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
     metadata: dict[str, str] | None = Field(default=None, description="returned with the answer")
-    reasoning_effort: str | None = Field(default=None, description="given to the chat template, where it knows it")
+    reasoning_effort: str | None = Field(
+        default=None, description="given to the chat template, where it knows it"
+    )
     verbosity: str | None = Field(default=None, description="given to the chat template, where it knows it")
-    include_reasoning: bool | None = Field(default=None, description="false: leave the reasoning out of the answer")
+    include_reasoning: bool | None = Field(
+        default=None, description="false: leave the reasoning out of the answer"
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -106,7 +106,9 @@ class GenerationRequest(ApiRequest):
     include_stop_str_in_output: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, description="token id -> what is added to its logit")
+    logit_bias: dict[str, float] | None = Field(
+        default=None, description="token id -> what is added to its logit"
+    )
     max_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None

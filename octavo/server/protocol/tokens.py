@@ -17,7 +17,9 @@ class TokenizeRequest(ApiRequest):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[Tool] | None = None
-    add_special_tokens: bool | None = Field(default=None, description="default: true for a text, false for a chat")
+    add_special_tokens: bool | None = Field(
+        default=None, description="default: true for a text, false for a chat"
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -268,6 +268,27 @@ def test_chunks_and_neighbours_change_no_bit(library: CpuLibrary, name: str) -> 
     assert torch.equal(torch.cat(pieces), whole)
 
 
+def test_fetching_the_next_layers_cache_changes_no_bit(library: CpuLibrary) -> None:
+    """From 24 rows on, products fetch the KV cache of the next layer: of long contexts, of a prefix
+    that requests share, of a request that has no context yet, and in more pieces than one list holds."""
+    model = Model(SHAPES["bf16"], library)
+    block_size = 16
+    many = sequences(model, [80] * 30, block_size)
+    for sequence in many[1:20]:  # blocks of the first request, as prefix caching would give them
+        sequence.ids[:64], sequence.blocks[:4] = many[0].ids[:64], many[0].blocks[:4]
+        sequence.computed = 64
+    caches = model.caches(30 * 5, block_size)
+    run_step(model, caches, [(many[0], 64)], block_size)
+    run_step(model, caches, [(sequence, 64) for sequence in many[20:29]], block_size)
+    kept = [cache.clone() for cache in caches]
+    step = [(sequence, 1) for sequence in many[:29]] + [(many[29], 30)]
+    together = run_step(model, caches, step, block_size, 2)
+    for (sequence, count), expected in zip(step, together, strict=True):
+        sequence.computed -= count
+        alone = run_step(model, kept, [(sequence, count)], block_size)[0]
+        assert torch.equal(alone, expected)
+
+
 def test_two_decoders_at_once_from_two_threads() -> None:
     """The pool serves one loop at a time; results must not mix."""
     from concurrent.futures import ThreadPoolExecutor

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from octavo.kernels.cpu import linear as cpu
+from octavo.kernels.cpu.arena import CHUNK_BYTES, WeightArena
 from octavo.kernels.cpu.library import CpuLibrary, available_isas, load, set_num_threads
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,6 +65,81 @@ def test_a_row_is_the_same_alone_and_in_a_batch(library: CpuLibrary, dtype: torc
     for rows in (1, 2, 3, 5, 6, 7, 48, 49, 100):
         part = cpu.linear(x[3 : 3 + rows], packed, out_dtype=torch.float32, library=library)
         assert torch.equal(part, whole[3 : 3 + rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_whole_tiles_and_their_edges_agree(
+    library: CpuLibrary, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    """Sums of whole tiles never leave the registers, those at an edge do: all must be the same product."""
+    n, k = 160, 38  # ten panels: tiles that are whole, and one that is not
+    weight, bias, x = random(n, k, dtype=dtype), random(n, seed=1), random(40, k, dtype=dtype, seed=2)
+    product = x.double() @ weight.double().T
+    tolerance = 1e-6 if out_dtype == torch.float32 else 5e-3
+    plain, gated = cpu.pack(weight, library), cpu.pack_gate_up(weight, library)
+    for used in (None, bias):
+        expected = product if used is None else product + used
+        plain_bias = None if used is None else cpu.pack_bias(used, plain)
+        gated_bias = None if used is None else cpu.pack_bias(used, gated)
+        stored = cpu.linear(x, plain, plain_bias, out_dtype, library=library)
+        assert_near(stored, expected, tolerance)
+        gate, up = expected.chunk(2, dim=-1)
+        activated = cpu.linear(x, gated, gated_bias, out_dtype, library=library)
+        assert_near(activated, F.silu(gate) * up, 2 * tolerance)
+        residual = random(40, n, seed=3)
+        added = cpu.linear_add(x, plain, residual.clone(), plain_bias, library)
+        assert_near(added, residual + expected, 1e-6)
+        for row in (0, 5, 6, 39):  # alone, every sum of the row goes through memory
+            one = x[row : row + 1]
+            assert torch.equal(cpu.linear(one, plain, plain_bias, out_dtype, library=library)[0], stored[row])
+            assert torch.equal(
+                cpu.linear(one, gated, gated_bias, out_dtype, library=library)[0], activated[row]
+            )
+            again = cpu.linear_add(one, plain, residual[row : row + 1].clone(), plain_bias, library)
+            assert torch.equal(again[0], added[row])
+
+
+def test_an_output_larger_than_the_caches_is_the_same(library: CpuLibrary) -> None:
+    """It is written past them; rows alone are not."""
+    n, rows = 70_016, 18
+    packed = cpu.pack(random(n, 4, dtype=torch.bfloat16), library)
+    x = random(rows, 4, dtype=torch.bfloat16, seed=1)
+    try:
+        set_num_threads(2)
+        whole = cpu.linear(x, packed, out_dtype=torch.float32, library=library)
+    finally:
+        set_num_threads(1)
+    assert whole.nbytes > 4 << 20
+    for row in range(rows):
+        one = cpu.linear(x[row : row + 1], packed, out_dtype=torch.float32, library=library)
+        assert torch.equal(one[0], whole[row])
+
+
+def test_weights_of_an_arena_lie_side_by_side() -> None:
+    arena = WeightArena()
+    weights = [random(33, 7, seed=seed) for seed in range(3)]
+    packed = [cpu.pack(weight, arena=arena) for weight in weights]
+    starts = [each.storage.data_ptr() for each in packed]
+    size = packed[0].storage.nbytes
+    assert all(start % 64 == 0 for start in starts)
+    assert [after - before for before, after in itertools.pairwise(starts)] == [-(-size // 64) * 64] * 2
+    for each, weight in zip(packed, weights, strict=True):
+        assert torch.equal(cpu.unpack(each), weight)
+
+
+def test_an_arena_opens_another_chunk_when_one_is_full() -> None:
+    arena = WeightArena()
+    first = arena.take(CHUNK_BYTES - 64, torch.uint8)
+    second = arena.take(100, torch.float32)
+    huge = arena.take(CHUNK_BYTES + 1, torch.uint8)
+    for part in (first, second, huge):
+        part[0], part[-1] = 1, 2
+        assert (part[0], part[-1]) == (1, 2)
+    assert (len(first), len(second), len(huge)) == (CHUNK_BYTES - 64, 100, CHUNK_BYTES + 1)
+    assert second.dtype == torch.float32
+    spans = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in (first, second, huge))
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

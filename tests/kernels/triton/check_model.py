@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.triton import interpreter
 
 interpreter.enable()
 
+from octavo.attention.backend import ForwardContext  # noqa: E402
 from octavo.attention.torch_backend import TorchBackend  # noqa: E402
 from octavo.attention.triton_backend import TritonBackend  # noqa: E402
 from octavo.kernels.triton import attention  # noqa: E402
@@ -20,6 +22,9 @@ from octavo.models.config import ModelConfig  # noqa: E402
 from octavo.models.gpu_ops import GpuOps  # noqa: E402
 from octavo.models.registry import build_model  # noqa: E402
 from octavo.models.weights import load_weights  # noqa: E402
+from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
+from octavo.worker.cuda_graph import StepBuffers  # noqa: E402
+from octavo.worker.input_batch import DeviceState  # noqa: E402
 from tests.checkpoints import make_checkpoint  # noqa: E402
 from tests.paged import PagedRun  # noqa: E402
 
@@ -94,3 +99,50 @@ def test_programs_that_share_a_row_fold_as_one_does(tmp_path: Path, monkeypatch:
     together = shared.step([(0, [1])])
     monkeypatch.setattr(decoder, "_SHARED_ROWS", 0)
     assert torch.equal(together, alone.step([(0, [1])]))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would have to wait for a GPU, or a shape would depend on what it holds."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.FORBIDDEN:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral window"])
+def test_nothing_captured_waits_for_the_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards of few and of many rows, the head, and each kind of draw."""
+
+    def refuse(tensor: torch.Tensor) -> None:
+        raise AssertionError("a tensor is read on the host")
+
+    architecture, options, _ = CASES[name]
+    folder = make_checkpoint(tmp_path / "m", architecture, **options)
+    backend = TritonBackend()
+    model = build_model(
+        ModelConfig.from_folder(folder), torch.float32, torch.device("cpu"), GpuOps((torch.float32,)), backend
+    )
+    load_weights(model, str(folder))
+    state = DeviceState(8, 100, 16, torch.device("cpu"))
+    buffers = StepBuffers.allocate(80, 8, state.block_table)
+    caches = [torch.zeros(backend.kv_cache_shape(8, 16, spec)) for spec in model.attention_specs]
+    draw = GpuDraw()
+    with NoWaiting():
+        for rows, longest in ((4, 4), (70, 70)):
+            metadata = buffers.metadata(rows, rows, longest, 100)
+            context = ForwardContext(metadata, caches)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "tolist", refuse)
+                hidden = model.forward(buffers.input_ids[:rows], metadata.positions, context)
+                draw.argmax(model.logits(hidden[:4]))
+
+
+def test_the_mode_notices() -> None:
+    for wait in (lambda x: x.item(), lambda x: bool(x.any()), lambda x: x[x > 0]):
+        with pytest.raises(AssertionError, match="waits"), NoWaiting():
+            wait(torch.ones(1))

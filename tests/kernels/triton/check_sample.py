@@ -38,8 +38,8 @@ def small(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(select, "chunk_of", lambda rows, vocab: 32)
 
 
-@pytest.mark.parametrize("room", [4096, 16])  # 16: most bins do not fit and are searched in the logits
-@pytest.mark.parametrize("scale", [1.0, 40.0])
+# with room for 16 most bins do not fit and are searched in the logits
+@pytest.mark.parametrize(("room", "scale"), [(4096, 1.0), (16, 40.0)])
 def test_draw(room: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, room)
     batch, logits = batch_and_logits()
