@@ -73,7 +73,8 @@ class Limits:
         weights = self._body + self._head
         memory = (2 * weights + sum(contexts) * self._kv_bytes) / self._ceilings.read
         attention = 4 * self._q * self._layers * sum(contexts)
-        return max(memory, rows * (2 * weights * len(contexts) + attention) / self._ceilings.matrix)
+        arithmetic = rows * (2 * weights * len(contexts) + attention) / self._ceilings.matrix
+        return float(max(memory, arithmetic))
 
     def prefill(self, lengths: Sequence[int], cached: int = 0) -> float:
         """Prompts of these lengths, of each of which `cached` tokens need not be computed."""
@@ -82,7 +83,7 @@ class Limits:
             + 2 * self._q * self._layers * (length * length - cached * cached)
             for length in lengths
         )
-        return arithmetic / self._ceilings.matrix + 2 * self._head / self._ceilings.read
+        return float(arithmetic / self._ceilings.matrix + 2 * self._head / self._ceilings.read)
 
     def run(self, requests: Sequence[tuple[int, int]], cached: int = 0) -> float:
         """Requests of (prompt tokens, output tokens), all at once; the prompts first."""

@@ -166,7 +166,9 @@ def main() -> None:
     for index in range(arguments.repeat):
         requests = chosen.requests
         if index:  # other tokens, so that the prefix cache is of no use
-            requests = [Request([token + index for token in each.prompt], each.new_tokens) for each in requests]
+            requests = [
+                Request([token + index for token in each.prompt], each.new_tokens) for each in requests
+            ]
         with ForeignCores() as watch:
             seconds = run(llm, requests, recorder)
         made = sum(each.new_tokens for each in requests)
@@ -183,7 +185,12 @@ def main() -> None:
         most = max(step.decode_rows for step in steps)
         full = [s for s in steps if s.decode_rows == most and not s.chunk_rows]
         show(full, f"decode, {most} rows", size, machine)
-        show([s for s in steps if 0 < s.decode_rows < most and not s.chunk_rows], "decode, fewer", size, machine)
+        show(
+            [s for s in steps if 0 < s.decode_rows < most and not s.chunk_rows],
+            "decode, fewer",
+            size,
+            machine,
+        )
         show(steps, "all", size, machine)
     llm.shutdown()
 

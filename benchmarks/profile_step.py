@@ -68,7 +68,7 @@ class Steps:
             self.waited += time.perf_counter() - started
             return tensors
 
-        Readback.wait = timed  # type: ignore[method-assign]
+        Readback.wait = timed  # type: ignore[method-assign, assignment]
         self._restore = lambda: setattr(Readback, "wait", wait)
         scheduler = self.engine.scheduler
         while scheduler.num_running != batch or any(r.num_tokens <= context for r in scheduler.running):
@@ -112,7 +112,7 @@ def show(profiler: Any, count: int, limits: dict[str, float]) -> None:
     """A table of kernels; `count` steps were recorded."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in profiler.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             totals[event.name][0] += 1 / count
             totals[event.name][1] += event.device_time / 1e3 / count
     print(f"  {'kernel':52} {'a step':>7} {'ms':>8} {'limit':>7}")

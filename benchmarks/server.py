@@ -139,7 +139,8 @@ def served(options: argparse.Namespace) -> None:
     offline, online = [], []
     code = (
         "import json,sys,time; from octavo import LLM, SamplingParams as S; r=json.load(sys.stdin); "
-        f"llm=LLM({options.model!r}, max_model_len=2048); p=[x['prompt'] for x in r]; "
+        f"llm=LLM({options.model!r}, max_model_len=2048, enable_prefix_caching=False); "
+        "p=[x['prompt'] for x in r]; "
         "s=[S(temperature=0,ignore_eos=True,max_tokens=x['max_tokens']) for x in r]; "
         "llm.generate(p[:4],s[:4],use_tqdm=False); t=[]\n"
         f"for _ in range({options.repeat}):\n"
@@ -157,7 +158,9 @@ def served(options: argparse.Namespace) -> None:
     )
     offline = json.loads(done.stdout.splitlines()[-1])
     shares = []
-    with real_server(options.model, "--max-model-len", "2048", "--no-enable-prefix-caching") as (port, _):
+    # Both with a cold prefix cache: the repeats would find their prompts in a warm one.
+    cold = ("--max-model-len", "2048", "--no-enable-prefix-caching")
+    with real_server(options.model, *cold) as (port, _):
         wait_ready(port)
         run_clients(port, 4, 8)
         for _ in range(options.repeat):
@@ -194,7 +197,8 @@ def fake_server(interval: float) -> Iterator[tuple[int, subprocess.Popen[bytes]]
 @contextlib.contextmanager
 def real_server(model: str, *arguments: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """`octavo serve` on all cores."""
-    command = [sys.executable, "-m", "octavo", "serve", model, "--access-log", "off", *arguments]
+    options = ["--served-model-name", "fake", "--access-log", "off", *arguments]
+    command = [sys.executable, "-m", "octavo", "serve", model, *options]
     yield from _listening(command, set(), "--port")
 
 
@@ -371,6 +375,9 @@ class _Reader(asyncio.Protocol):
         self.num_chunks += data.count(b"data: {")
         for stamp in _STAMP.findall(data):
             self.delays.append((now - int(stamp[:20])) / 1e9)
+        if self.num_chunks == 0 and b" 200 " not in data[:20]:
+            self.ended.set_exception(RuntimeError(data.decode(errors="replace")))
+            self._transport.close()
         if b"[DONE]" in self._rest + data:
             self._transport.close()
             if not self.ended.done():

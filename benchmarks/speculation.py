@@ -12,9 +12,11 @@
     chat      prompt lookup on free chat, against an engine without a drafter; also with a KV cache
               so small that plain decoding preempts
 
-In the first three, one engine serves auto and every fixed K in turn, auto with a budget that has seen
-nothing yet. A first round finds the K that come near the best; these and auto are then repeated, in
-alternating order, and compared pair by pair. In the last two, the two engines take turns.
+There are always `batch` requests at a time, and more of them than that: those that speculation helps
+most make room for others, as in a server. In the first three, one engine serves auto and every fixed K
+in turn, auto with a budget that has seen nothing yet. A first round finds the K that come near the best;
+these and auto are then repeated, in alternating order, and compared pair by pair. In the last two, the
+two engines take turns.
 
 Prints one JSON line a cell: medians, the lowest and the highest of the paired ratios, the share of the
 time that the scheduler and the draft budget themselves took, and how many cores anything else kept
@@ -97,6 +99,11 @@ class Bench:
 
         return timed
 
+    @property
+    def planner(self) -> Any:
+        """The scheduler's."""
+        return self._parts.engine.scheduler.planner
+
     def forget(self) -> None:
         """A draft budget as after the start."""
         config, scheduler = self._parts.config, self._parts.engine.scheduler
@@ -104,16 +111,13 @@ class Bench:
             runner = self._parts.engine.executor.runner
             scheduler.planner = make_planner(config, config.speculative, runner, self._parts.plan)
 
-    def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams], batch: int) -> Run:
-        """`batch` requests at once, then the next ones; tokens a second over all of it."""
+    def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Run:
+        """Tokens a second over all of it."""
         stats = self._parts.engine.scheduler.stats
         preempted, self._brain = stats.num_preemptions, 0.0
         with ForeignCores() as watch:
             started = time.perf_counter()
-            outputs = []
-            for start in range(0, len(prompts), batch):
-                wave = slice(start, start + batch)
-                outputs += self.llm.generate(list(prompts[wave]), list(params[wave]), use_tqdm=False)
+            outputs = self.llm.generate(list(prompts), list(params), use_tqdm=False)
             seconds = time.perf_counter() - started
         made = sum(len(output.outputs[0].token_ids) for output in outputs)
         found = [o.metrics.speculation for o in outputs if o.metrics and o.metrics.speculation]
@@ -189,7 +193,12 @@ class Texts:
     def chat(self, count: int) -> list[list[int]]:
         """Questions with nothing to copy."""
         pairs = [(question, subject) for subject in SUBJECTS for question in QUESTIONS]
-        return [self._turn(question.format(subject)) for question, subject in pairs[:count]]
+        found = []
+        for index in range(count):
+            question, subject = pairs[index % len(pairs)]
+            again = f" Think of the year {1900 + index}." if index >= len(pairs) else ""
+            found.append(self._turn(question.format(subject) + again))
+        return found
 
     def copy(self, count: int) -> list[list[int]]:
         """Ten sentences to be written again with one name changed."""
@@ -217,7 +226,7 @@ def greedy(new_tokens: int, **more: Any) -> SamplingParams:
 
 
 def against_fixed(
-    bench: Bench, batch: int, prompts: Sequence[Any], params: Callable[[int | str], list[SamplingParams]],
+    bench: Bench, prompts: Sequence[Any], params: Callable[[int | str], list[SamplingParams]],
     options: Any, counts: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """Auto against every fixed number: all once, then auto and the nearest ones in turn."""
@@ -225,7 +234,7 @@ def against_fixed(
     def way(count: int | str) -> Callable[[], Run]:
         def run() -> Run:
             bench.forget()
-            return bench.run(prompts, params(count), batch)
+            return bench.run(prompts, params(count))
 
         return run
 
@@ -246,11 +255,10 @@ def against_fixed(
 def free(model: Path, options: Any, falling: bool = False) -> Iterator[dict[str, Any]]:
     """Predicted outputs that are wrong at a known rate."""
     vocab_size = ModelConfig.from_folder(model).vocab_size
-    with engine(model, speculative={"method": "predicted"}) as bench:
-        texts = Texts(bench.llm)
-        for batch in options.batches:
+    for batch in options.batches:
+        with engine(model, max_num_seqs=batch, speculative={"method": "predicted"}) as bench:
             new = options.new_tokens(batch)
-            prompts = texts.plain(options.texts(batch))
+            prompts = Texts(bench.llm).plain(options.texts(batch))
             first = greedy(new, num_speculative_tokens=0)
             plain = [o.outputs[0].token_ids for o in bench.llm.generate(prompts, first, use_tqdm=False)]
             for acceptance in (0.9,) if falling else options.acceptances:
@@ -265,7 +273,7 @@ def free(model: Path, options: Any, falling: bool = False) -> Iterator[dict[str,
                     "scenario": "falling" if falling else "free",
                     "batch": batch,
                     "acceptance": "0.9, then 0.1" if falling else acceptance,
-                    **against_fixed(bench, batch, prompts, params, options, options.fixed or FIXED),
+                    **against_fixed(bench, prompts, params, options, options.fixed or FIXED),
                 }
 
 
@@ -278,52 +286,53 @@ def costly(model: Path, options: Any) -> Iterator[dict[str, Any]]:
     """A draft model under synthetic acceptance."""
     with tempfile.TemporaryDirectory() as folder:
         draft = random_draft(Path(folder) / "draft", model)
-        for acceptance in options.acceptances:
-            speculative = {
-                "method": "draft_model",
-                "model": str(draft),
-                "synthetic_acceptance_rates": [acceptance],
-                "draft_kv_share": 0.3,
-            }
-            with engine(model, speculative=speculative) as bench:
-                texts = Texts(bench.llm)
-                for batch in options.batches:
-                    new = options.new_tokens(batch)
+        for batch in options.batches:
+            for acceptance in options.acceptances:
+                yield {"scenario": "costly", **costly_cell(model, draft, batch, acceptance, options)}
 
-                    prompts = texts.plain(options.texts(batch))
 
-                    def params(count: int | str, new: int = new, many: int = len(prompts)) -> list[Any]:
-                        return [greedy(new, num_speculative_tokens=count)] * many
+def costly_cell(model: Path, draft: Path, batch: int, acceptance: float, options: Any) -> dict[str, Any]:
+    """One batch size and acceptance."""
+    speculative = {
+        "method": "draft_model",
+        "model": str(draft),
+        "synthetic_acceptance_rates": [acceptance],
+        "draft_kv_share": 0.3,
+    }
+    with engine(model, max_num_seqs=batch, speculative=speculative) as bench:
+        prompts, new = Texts(bench.llm).plain(options.texts(batch)), options.new_tokens(batch)
 
-                    fixed = options.fixed or COSTLY_FIXED
-                    found = against_fixed(bench, batch, prompts, params, options, fixed)
-                    planner = bench._parts.engine.scheduler.planner
-                    step, one_pass = planner.budget.target.seconds(batch), planner.budget.draft.seconds(batch)
-                    yield {
-                        "scenario": "costly",
-                        "batch": batch,
-                        "acceptance": acceptance,
-                        "step_ms": round(step * 1e3, 2),
-                        "pass_ms": round(one_pass * 1e3, 2),
-                        **found,
-                    }
+        def params(count: int | str) -> list[SamplingParams]:
+            return [greedy(new, num_speculative_tokens=count)] * len(prompts)
+
+        found = against_fixed(bench, prompts, params, options, options.fixed or COSTLY_FIXED)
+        budget = bench.planner.budget
+        return {
+            "batch": batch,
+            "acceptance": acceptance,
+            "step_ms": round(budget.target.seconds(batch) * 1e3, 2),
+            "pass_ms": round(budget.draft.seconds(batch) * 1e3, 2),
+            **found,
+        }
 
 
 def against_plain(
-    model: Path, prompts: Callable[[Texts, int], list[list[int]]], options: Any, **kv: Any
+    model: Path, make: Callable[[Texts, int], list[list[int]]], options: Any, **kv: Any
 ) -> Iterator[dict[str, Any]]:
     """An engine with prompt lookup against one without a drafter."""
-    with engine(model, **kv) as plain, engine(model, speculative={"method": "prompt_lookup"}, **kv) as auto:
-        texts = Texts(plain.llm)
-        for batch in options.batches:
-            work, params = prompts(texts, batch), [greedy(options.new_tokens(batch))] * batch
+    for batch in options.batches:
+        kv["max_num_seqs"] = batch
+        lookup = {"method": "prompt_lookup"}
+        with engine(model, **kv) as plain, engine(model, speculative=lookup, **kv) as auto:
+            prompts = make(Texts(plain.llm), options.texts(batch))
+            params = [greedy(options.new_tokens(batch))] * len(prompts)
 
-            def drafting(work: Any = work, params: Any = params) -> Run:
-                auto.forget()
-                return auto.run(work, params, len(work))
+            def drafting(bench: Bench = auto, work: Any = prompts, params: Any = params) -> Run:
+                bench.forget()
+                return bench.run(work, params)
 
-            def without(work: Any = work, params: Any = params) -> Run:
-                return plain.run(work, params, len(work))
+            def without(bench: Bench = plain, work: Any = prompts, params: Any = params) -> Run:
+                return bench.run(work, params)
 
             cell = Cell({"plain": without, "auto": drafting})
             for _ in range(1 + options.repeat):  # the first round fills the prefix caches
@@ -407,8 +416,7 @@ def main() -> None:
         parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
     if options.quick:
         options.repeat, options.batches, options.tokens = 1, options.batches or [2], options.tokens or 8
-    # Few requests at a time have little luck to share out: several rounds of them.
-    options.texts = lambda batch: batch if options.quick else batch * max(1, 8 // batch)
+    options.texts = lambda batch: batch if options.quick else batch * max(2, 8 // batch)
     options.new_tokens = lambda batch: options.tokens or (128 if batch < 16 else 96)
     options.acceptances = options.acceptances or [0.2, 0.5, 0.8]
     model = hub.resolve(options.model)

@@ -121,7 +121,7 @@ class SpeculativeConfig:
         )
 
     @property
-    def follows_predictions(self) -> bool:
+    def reads_predictions(self) -> bool:
         """True if a request's `prediction` is drafted from."""
         return self.has_lookup and ":" not in self.method
 
@@ -151,8 +151,8 @@ def _draft_model(given: dict[str, Any], method: str) -> tuple[str | None, float]
     share = given.get("draft_kv_share", DRAFT_KV_SHARE)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
         raise ConfigError(
-            f"draft_kv_share is the size of the draft model's KV cache as a share of the target's, above 0 and "
-            f"at most 1, not {share!r}"
+            "draft_kv_share is the size of the draft model's KV cache as a share of the target's, above 0 "
+            f"and at most 1, not {share!r}"
         )
     return model, float(share)
 

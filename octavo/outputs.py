@@ -228,9 +228,9 @@ class RequestOutput:
     def __repr__(self) -> str:
         prompt = _short(self.prompt) if self.prompt is not None else f"{len(self.prompt_token_ids)} token ids"
         state = "" if self.finished else ", unfinished"
-        if self.metrics is not None and self.metrics.speculation is not None:
-            if self.metrics.speculation.synthetic:
-                state += ", SYNTHETIC acceptance: the text means nothing"
+        speculation = self.metrics.speculation if self.metrics is not None else None
+        if speculation is not None and speculation.synthetic:
+            state += ", SYNTHETIC acceptance: the text means nothing"
         return f"RequestOutput({self.request_id}, prompt={prompt}, outputs={self.outputs!r}{state})"
 
 

@@ -33,6 +33,7 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int  # an upper bound; the host knows no better
     table_rows: torch.Tensor | None = None  # [num_reqs] int32, rows of block_table; None: 0, 1, 2 …
+    min_query_len: int = 1  # no request has fewer rows, padding included
     # (row of block_table, first token row, rows) of each chunk that the host knows to begin its request
     whole_prompts: tuple[tuple[int, int, int], ...] = ()
 

@@ -101,7 +101,9 @@ class _SamplingOption(SectionOption):
 # Shorter ways to say --speculative-config: key of `speculative` -> (flag, type, help).
 _SPECULATIVE: dict[str, tuple[str, Any, str]] = {
     "method": (
-        "--speculative-method", str, "prompt_lookup, predicted, draft_model, hybrid, or package.module:Class",
+        "--speculative-method",
+        str,
+        "prompt_lookup, suffix, predicted, draft_model, hybrid, or package.module:Class",
     ),
     "model": ("--draft", str, "draft model: a folder, a .gguf file, a hub id, or an alias"),
     "num_speculative_tokens": ("--num-speculative-tokens", str, 'drafts a step: "auto", or 0 to 16 [auto]'),

@@ -181,7 +181,7 @@ class Verifier:
         return self.runs
 
     def costs(self) -> list[Cost]:
-        """Plain decoding without and with deterministic=True, the better of two runs each."""
+        """Plain decoding without and with deterministic=True, the best of three runs each."""
         rates: dict[bool, dict[int, float]] = {}
         for deterministic in (False, True):
             with self._open(None, deterministic=deterministic) as llm:
@@ -189,7 +189,7 @@ class Verifier:
                 for batch in BATCHES:
                     count = min(max(batch, 2), len(self._prompts))
                     self._tell(f"speed, deterministic={deterministic}, batch {batch}")
-                    timed = [self._answers(llm, "greedy", batch, count, None)[1] for _ in range(2)]
+                    timed = [self._answers(llm, "greedy", batch, count, None)[1] for _ in range(3)]
                     rates[deterministic][batch] = count * self._max_tokens / min(timed)
         return [Cost(batch, rates[False][batch], rates[True][batch]) for batch in BATCHES]
 

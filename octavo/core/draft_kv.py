@@ -97,10 +97,7 @@ class DraftProgress:
         gap = self.request.num_tokens - 1 - self.num_computed_tokens
         round_before = _Round.YES if self.after_round else _Round.NO
         for step in self.unread:
-            if round_before is _Round.YES:
-                gap = 1
-            else:
-                gap = max(gap + step.max_emitted, int(round_before))
+            gap = 1 if round_before is _Round.YES else max(gap + step.max_emitted, int(round_before))
             gap = max(0, gap - step.catch_up)
             round_before = step.round
         return gap
@@ -223,9 +220,8 @@ class DraftKV:
         """The rows and drafts a request really gets, with blocks for them."""
         # The last draft is not computed, and KV of the last token a request may hold is never needed.
         reach = min(last + max(1, wanted), progress.request.limit - 1)
-        if progress.blocks is None:
-            if not self._enter(progress, reach, group):
-                return 0, 0
+        if progress.blocks is None and not self._enter(progress, reach, group):
+            return 0, 0
         gap = progress.gap()
         rows = min(granted, max(0, gap - 1))
         drafts = wanted if gap - rows <= 1 else 0
@@ -262,9 +258,7 @@ class DraftKV:
             if missing <= self.kv.pool.num_free + self._num_zombie_blocks():
                 return False
             behind = [m for m in self._members if m.request.order > progress.request.order]
-            victim = max(
-                (m for m in behind if m not in in_step), key=lambda m: m.request.order, default=None
-            )
+            victim = max((m for m in behind if m not in in_step), key=lambda m: m.request.order, default=None)
             if victim is None:
                 self._evict(progress, group)
                 return False

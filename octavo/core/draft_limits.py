@@ -30,13 +30,12 @@ def leave_out_blocked(plan: DraftPlan, facts: StepFacts, report: BudgetReport) -
             report.num_cut_drafts += wanted
 
 
-def catch_up(
-    plan: DraftPlan, facts: StepFacts, room: int, most: int, pays: Callable[[int], bool]
-) -> None:
+def catch_up(plan: DraftPlan, facts: StepFacts, room: int, most: int, pays: Callable[[int], bool]) -> None:
     """Have the draft model catch up for requests with drafts, a part a step, and none before it has.
 
-    `most` rows are granted in all. `pays(index)` says whether a request's drafts are worth it; nobody asks for those of a fixed
-    number, or explored ones, which were paid already. Where there is a lookup as well, it drafts alone.
+    `most` rows are granted in all. `pays(index)` says whether a request's drafts are worth it; nobody
+    asks for those of a fixed number, or explored ones, which were paid already. Where there is a lookup
+    as well, it drafts alone.
     """
     left = min(most, facts.catch_up_room, max(0, room - sum(plan.num_drafts)))
     too_far: list[int] = []

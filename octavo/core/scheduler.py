@@ -37,7 +37,6 @@ from octavo.core.messages import (
 )
 from octavo.core.request import FinishReason, Request, Status
 
-
 STEPS_BETWEEN_LOOKS = 32  # at the prefix of a request that does not fit
 
 
@@ -471,9 +470,9 @@ class Scheduler:
             request.num_inflight_samples -= rows.samples
             if request.status is not Status.FINISHED:
                 updates.append(self._update_one(request, rows, output, index))
-            if self.draft_kv is not None and rows.samples:
-                if self.draft_kv.read(request, rows.slot in output.drafted_by_model):
-                    from_model.add(request)
+            by_model = rows.slot in output.drafted_by_model
+            if self.draft_kv is not None and rows.samples and self.draft_kv.read(request, by_model):
+                from_model.add(request)
             if request in self._zombies and not request.num_inflight_steps:
                 self._zombies.discard(request)
                 self._release(request)
@@ -517,9 +516,7 @@ class Scheduler:
                 asked,
                 drafted,
                 accepted,
-                frozenset(index for index, request in enumerate(requests) if request in from_model)
-                if from_model
-                else frozenset(),
+                frozenset(index for index, request in enumerate(requests) if request in from_model),
                 output.draft_passes,
             )
         )

@@ -48,16 +48,16 @@ def check_same_tokens(name: str, draft: Path, draft_size: int, target: Path, tar
         lacking = " and ".join(str(path.parent) for path in (mine, theirs) if not path.exists())
         raise ConfigError(
             f"the draft model {name} has {draft_size:,} tokens and the target {target_size:,}, and {lacking} "
-            f"has no {_TOKENIZER} that would show they are the same but for padding. Use a draft model of the "
-            "target's family"
+            f"has no {_TOKENIZER} that would show they are the same but for padding. Use a draft model of "
+            "the target's family"
         )
     if mine.read_bytes() == theirs.read_bytes():
         return
     difference = _difference(_vocabulary(mine), _vocabulary(theirs))
     if difference:
         raise ConfigError(
-            f"the draft model {name} has another tokenizer than the target: {difference}. Its drafts would be "
-            "other words than it means. Use a draft model of the target's family"
+            f"the draft model {name} has another tokenizer than the target: {difference}. Its drafts would "
+            "be other words than it means. Use a draft model of the target's family"
         )
 
 

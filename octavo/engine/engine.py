@@ -53,7 +53,6 @@ class EngineInfo:
     enable_prefix_caching: bool
     speculates: bool = False
     reads_predictions: bool = True  # some drafter follows SamplingParams(prediction=…)
-    follows_predictions: bool = True  # if it speculates: a request's `prediction` is drafted from
     synthetic_acceptance: bool = False  # drafts are accepted by coins: the text means nothing
 
 
@@ -476,14 +475,8 @@ class Engine:
             )
         if not self.info.reads_predictions:
             raise RequestError(
-                "this engine's draft model cannot follow a prediction; start the engine with "
-                "speculative={'method': 'hybrid', …}, which can, or leave the prediction out",
-                "prediction",
-            )
-        if not self.info.follows_predictions:
-            raise RequestError(
-                "this engine's drafter follows no prediction; start the engine with the method predicted, "
-                "prompt_lookup, suffix or hybrid, or leave the prediction out",
+                "this engine's drafter follows no prediction; start the engine with the method hybrid (which "
+                "has a draft model as well), prompt_lookup, suffix or predicted, or leave the prediction out",
                 "prediction",
             )
         prediction = params.prediction

@@ -162,6 +162,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         start_executor,
     )
     from octavo.worker.draft_build import draft_context
+    from octavo.worker.gpu_build import explained_out_of_memory
 
     kernels = choose_kernels(config)
     memory = plan_worker(config, kernels)
@@ -172,7 +173,10 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         print(memory.describe(), file=sys.stderr)
     if args.chat_template is not None:  # a wrong one is refused before the weights are read
         ChatTemplate.for_tokenizer(tokenizer.result(), args.chat_template)
-    runner = build_runner(config, kernels, memory, lambda done, all_: tell("reading weights", done / all_))
+    with explained_out_of_memory():
+        runner = build_runner(
+            config, kernels, memory, lambda done, all_: tell("reading weights", done / all_)
+        )
     tell("starting", None)
     found = tokenizer.result()
     eos = config.model.eos_token_ids
@@ -186,8 +190,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         seed=args.seed,
         enable_prefix_caching=args.enable_prefix_caching and not synthetic,
         speculates=config.speculative is not None,
-        reads_predictions=config.speculative is None or config.speculative.has_lookup,
-        follows_predictions=config.speculative is None or config.speculative.follows_predictions,
+        reads_predictions=config.speculative is None or config.speculative.reads_predictions,
         synthetic_acceptance=synthetic,
     )
     scheduler_config = SchedulerConfig(
@@ -224,8 +227,9 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     notes = kernels.notes
     if config.draft is not None and draft_context(config, memory) < memory.max_model_len:
         notes += (
-            f"the draft model {config.draft.name} was made for {draft_context(config, memory):,} tokens and the "
-            f"context is {memory.max_model_len:,}: a request that grows beyond that goes on without drafts",
+            f"the draft model {config.draft.name} was made for {draft_context(config, memory):,} tokens and "
+            f"the context is {memory.max_model_len:,}: a request that grows beyond that goes on without "
+            "drafts",
         )
     if synthetic:
         notes += (

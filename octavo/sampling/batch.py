@@ -24,6 +24,7 @@ from octavo.sampling.noise import signed_bits
 from octavo.sampling_params import SamplingParams
 
 IntArray = npt.NDArray[np.int64]
+_SOME_POSITION = 1 << 40  # beyond any min_tokens: where nothing depends on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ class SlotSampling:
     def has_penalties(self) -> bool:
         """True if the request's history changes its logits by a penalty."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def reads_text(self) -> bool:
+        """True if what is banned or penalised depends on the tokens so far, or on their number."""
+        return self.has_penalties or bool(self.bad_words) or bool(self.min_tokens and self.stop_ids)
 
     @property
     def is_plain(self) -> bool:
@@ -296,8 +302,11 @@ class SamplingSlots:
         banned_rows: list[int] = []
         banned_ids: list[int] = []
         slots = row_slots.tolist()
-        positions = batch.position.tolist()
-        for row in np.flatnonzero(self._is_special[row_slots]).tolist():
+        rows = np.flatnonzero(self._is_special[row_slots]).tolist()
+        # To read a GPU's positions means to wait for it; padding rows may well get a bias or a mask.
+        reads = batch.position.device.type == "cpu" or any(self._special[slots[r]].reads_text for r in rows)
+        positions = batch.position.tolist() if reads else [_SOME_POSITION] * len(slots)
+        for row in rows:
             slot, position = slots[row], positions[row]
             if position < 0:
                 continue

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from octavo.kernels.triton import sample, select
+from octavo.kernels.triton import sample, top
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.noise import Stream
 from octavo.sampling.sampler import LogprobTensors
 
 
 class GpuDraw:
-    """`DrawKernels` over octavo.kernels.triton.sample and select."""
+    """`DrawKernels` over octavo.kernels.triton.sample and top."""
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See DrawKernels."""
@@ -39,7 +39,7 @@ class GpuDraw:
 
     def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> LogprobTensors:
         """See DrawKernels."""
-        return LogprobTensors(*select.top(logits, tokens, num_top))
+        return LogprobTensors(*top.top(logits, tokens, num_top))
 
 
 def _columns(batch: SamplingBatch, device: torch.device) -> list[torch.Tensor]:

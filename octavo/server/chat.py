@@ -239,6 +239,8 @@ class ChatAnswer:
         }
         self._head = "data: " + json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":['
         self._tail = ',"usage":null}\n\n' if request.includes_usage else "}\n\n"
+        is_plain = self._plan.params.logprobs is None and not request.return_token_ids
+        is_plain = is_plain and self._choices[0].reader is None
         async for item in reader.stream():
             if item is None:
                 yield WAITING
@@ -250,7 +252,10 @@ class ChatAnswer:
             events: list[str] = []
             for answer in output.outputs:
                 choice = self._choices[answer.index]
-                if not choice.finished:
+                if is_plain and choice.begun and answer.finish_reason is None:
+                    if answer.text:  # a token of plain text, most of the time
+                        events.append(self._event(answer.index, f'{{"content":{json.dumps(answer.text)}}}'))
+                elif not choice.finished:
                     self._add_events(events, answer, choice, output)
             if events:
                 yield "".join(events).encode()
@@ -300,7 +305,7 @@ class ChatAnswer:
         events.append(self._event(index, delta, extra))
 
     def _event(self, index: int, delta: str, extra: str = "", reason: str = "null") -> str:
-        if not extra:  # one token of plain text, most of the time
+        if not extra:
             extra = ',"logprobs":null'
         return f'{self._head}{{"index":{index},"delta":{delta}{extra},"finish_reason":{reason}}}]{self._tail}'
 

@@ -58,7 +58,11 @@ class Gate:
             if path == "/health":
                 await send_json(send, *health(self._client))
             elif path == "/ready":
-                await send_json(send, *readiness(self._client))
+                status, body = readiness(self._client)
+                if status == 200:  # the engine is, we are not
+                    status = 503
+                    body = {"status": "loading", "stage": "starting the front end", "progress": None}
+                await send_json(send, status, body)
             else:
                 retry = [(b"retry-after", b"5")]
                 text = "the model is still loading; GET /ready tells how far it has come"

@@ -43,8 +43,8 @@ async def tokenize(state: ServerState, request: TokenizeRequest) -> tuple[dict[s
         special = request.add_special_tokens is not False
         token_ids = await asyncio.to_thread(tokenizer.encode, request.prompt, add_special_tokens=special)
     else:
-        names = ("model", "messages", "tools", "add_special_tokens", "add_generation_prompt")
-        names += ("continue_final_message", "chat_template_kwargs")
+        names = {"model", "messages", "tools", "add_special_tokens", "add_generation_prompt"}
+        names |= {"continue_final_message", "chat_template_kwargs"}
         chat = ChatRequest.model_validate({name: getattr(request, name) for name in names})
         plan = await asyncio.to_thread(make_plan, state, chat)
         token_ids = plan.prompt_ids

@@ -17,7 +17,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
                     "required": ["id", "object"],
                 }
             },
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {},
         },
         "headers": {
             "X-Octavo-Warnings": {

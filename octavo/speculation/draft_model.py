@@ -71,7 +71,8 @@ class DraftModel:
         self._is_masked = passes.masks_rows
         self._pass_rows: list[int] = []
         self._depth = 0
-        self._batch: SamplingBatch | None = None  # of the pass before, if the next one differs in positions only
+        # Of the pass before, if the next one differs from it in positions only.
+        self._batch: SamplingBatch | None = None
         self._batch_slots: IntArray = np.empty(0, dtype=np.int64)
 
     @property

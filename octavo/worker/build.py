@@ -41,6 +41,7 @@ from octavo.worker.gpu_build import (
     gpu_lookup,
     gpu_steps,
     gpu_workspace,
+    spare_the_collector,
     why_not_triton,
 )
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
@@ -216,6 +217,8 @@ def build_runner(
 
     `progress` is told how many bytes of the weights are read, and of how many.
     """
+    if kernels.steps is None:
+        spare_the_collector()
     device = torch.device(config.platform.device)
     dtype = torch_dtype(config.dtype)
     model = build_model(
@@ -252,7 +255,6 @@ def build_runner(
             sampler,
             sampling,
             distributions if isinstance(acceptance, RejectionAcceptance) else None,
-            with_kernels=isinstance(steps, CpuStep),
             with_triton=kernels.steps is None,
         )
     runner = ModelRunner(

@@ -68,9 +68,7 @@ class CpuStep:
             draw_positions=step.draw_positions,
         )
 
-    def finish(
-        self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None
-    ) -> Verdict | None:
+    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> Verdict | None:
         """See StepMath."""
         sampled = drawn is not None
         if drawn is None:

@@ -32,7 +32,7 @@ _CHUNK_SIZES = (32, 64, 128, 256, 384)  # padded rows of steps with a chunk, bel
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Padded numbers of rows, ascending: close together where steps are short, at most 1/8 apart later."""
+    """Padded numbers of rows, ascending: close together at first, at most a quarter apart later."""
     sizes = [1, 2, 3, 4, 6, 8, 12, 16]
     step = 8
     while sizes[-1] < most:

@@ -26,20 +26,21 @@ class Mark:
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._event.record()  # type: ignore[no-untyped-call]
+            self._event.record()
         else:
             self._time = time.perf_counter()
 
     def wait(self) -> None:
         """Until the device has come here."""
         if self._event is not None:
-            self._event.synchronize()  # type: ignore[no-untyped-call]
+            self._event.synchronize()
 
     def seconds_until(self, later: Mark) -> float:
         """Device time between two marks that were both reached."""
         if self._event is None:
             return later._time - self._time
-        return float(self._event.elapsed_time(later._event)) / 1e3  # type: ignore[no-untyped-call]
+        assert later._event is not None
+        return float(self._event.elapsed_time(later._event)) / 1e3
 
 
 class Readback:

@@ -6,7 +6,6 @@ import torch
 
 from octavo.attention.backend import AttentionBackend, AttentionSpec
 from octavo.config import EngineConfig
-from octavo.core.draft_limits import CATCH_UP_ROWS
 from octavo.layers.ops import Kernels
 from octavo.models.config import ModelConfig
 from octavo.models.registry import build_model
@@ -23,13 +22,14 @@ from octavo.worker.kv_cache import DraftMemory, MemoryPlan, allocate_kv_caches, 
 
 # Rows in which the draft model catches up in one step. On a GPU 4096 of a small model take about as long
 # as a few decode steps of a large one, and a prompt that is caught up slowly goes without drafts longer.
+_CPU_CATCH_UP_ROWS = 256
 _GPU_CATCH_UP_ROWS = 4096
 
 
 def catch_up_rows(config: EngineConfig) -> int:
     """The most rows of a step in which the draft model catches up."""
     if config.platform.device == "cpu":
-        return CATCH_UP_ROWS
+        return _CPU_CATCH_UP_ROWS
     return min(_GPU_CATCH_UP_ROWS, config.max_num_batched_tokens)
 
 
@@ -82,19 +82,13 @@ def build_draft_model(
     sampling: SamplingSlots,
     distributions: DraftDistributions | None,
     *,
-    with_kernels: bool,
     with_triton: bool = False,
 ) -> DraftModel:
-    """The draft model, loaded, with its KV cache.
-
-    `with_kernels`: the CPU's C kernels are there; `with_triton`: the GPU's are.
-    """
+    """The draft model, loaded, with its KV cache. `with_triton`: the GPU's own kernels are there."""
     draft, args = config.draft, config.args
     assert draft is not None
     device = state.device
-    model = build_model(
-        draft.model, dtype, device, ops, backend, max_model_len=draft_context(config, plan)
-    )
+    model = build_model(draft.model, dtype, device, ops, backend, max_model_len=draft_context(config, plan))
     load_weights(model, draft.model_path, args.load_format, seed=args.seed)
     caches = allocate_kv_caches(
         backend, model.attention_specs, plan.num_draft_blocks, args.block_size, dtype, device
@@ -103,7 +97,7 @@ def build_draft_model(
     passes: DraftPasses
     if with_triton:
         network, passes = gpu_draft_model(config, model, caches, state)
-    elif with_kernels:
+    elif device.type == "cpu":
         passes = CpuDraftPasses(state, args.block_size)
     else:
         passes = TorchDraftPasses(state, args.block_size)

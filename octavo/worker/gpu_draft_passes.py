@@ -92,9 +92,7 @@ class GpuDraftPasses:
         assert self._out is not None
         kernels.take(self._tables, self._table, self._out, drawn, self._depth)
 
-    def _inputs(
-        self, table: torch.Tensor, logits_slots: IntArray, num_rows: int, longest: int
-    ) -> PassInputs:
+    def _inputs(self, table: torch.Tensor, logits_slots: IntArray, num_rows: int, longest: int) -> PassInputs:
         entries, num_logits = len(table), len(logits_slots)
         buffers = self.buffers
         if num_rows > len(buffers.input_ids):  # a long catch-up: no graph is that large
@@ -104,7 +102,8 @@ class GpuDraftPasses:
         if padded is not None:
             padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
         own = torch.empty(2 * (entries + num_logits), dtype=torch.int64, device=self._device)
-        valid, makes, logits_rows, draw_positions = own.split((entries, entries, num_logits, num_logits))
+        valid, makes = own[:entries], own[entries : 2 * entries]
+        logits_rows, draw_positions = own[2 * entries :].view(2, num_logits)
         self._table = table
         self._out = kernels.PassRows(
             buffers.input_ids, buffers.positions, buffers.slot_mapping, buffers.query_start_loc,

@@ -21,6 +21,8 @@ from octavo.worker.device_time import to_device
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.step_math import StepInputs, Verdict
 
+_ROWS_ROUND_UP = 256  # of steps without a graph
+
 
 class GpuStep:
     """See StepMath."""
@@ -91,9 +93,13 @@ class GpuStep:
 
         padded = self._sizes.padded(num_tokens, longest) if self._sizes is not None else None
         buffers = self._buffers or StepBuffers.allocate(num_tokens, num_reqs, state.block_table)
-        padded_rows, padded_reqs = num_tokens, num_reqs
+        padded_rows, padded_reqs, run_rows = num_tokens, num_reqs, num_tokens
         if padded is not None:
             padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
+        elif self._sizes is not None and num_tokens > self._sizes.short[-1]:
+            # The library's products are up to an eighth slower at odd sizes.
+            padded_rows = min(-(-num_tokens // _ROWS_ROUND_UP) * _ROWS_ROUND_UP, len(buffers.input_ids))
+            run_rows = padded_rows
         own = torch.empty(num_reqs + 2 * num_logits, dtype=torch.int64, device=state.device)
         num_valid, logits = own[:num_reqs], own[num_reqs:]
         logits_rows, draw_positions = logits[:num_logits], logits[num_logits:]
@@ -107,11 +113,13 @@ class GpuStep:
             num_tokens, longest, padded_rows, padded_reqs, max(1, self._width),
         )  # fmt: skip
         max_blocks = max(state.num_blocks[slot] for slot in slots.tolist())
-        metadata = buffers.metadata(num_tokens, num_reqs, longest, max_blocks * state.block_size)
+        metadata = buffers.metadata(run_rows, num_reqs, longest, max_blocks * state.block_size)
         if not is_verify.all():
-            metadata = replace(metadata, whole_prompts=self._whole_prompts(out))
+            metadata = replace(
+                metadata, whole_prompts=self._whole_prompts(out), min_query_len=int(num_rows.min())
+            )
         return StepInputs(
-            input_ids=buffers.input_ids[:num_tokens],
+            input_ids=buffers.input_ids[:run_rows],
             positions=metadata.positions,
             metadata=metadata,
             num_valid=num_valid,

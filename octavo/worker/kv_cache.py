@@ -117,7 +117,6 @@ class MemoryPlan:
             [f"memory plan ({asked.device})", *(f"  {name:<16} {value}" for name, value in rows)]
         )
 
-
     def _draft_rows(self) -> list[tuple[str, str]]:
         draft, block_size = self.request.draft, self.request.block_size
         if draft is None:
@@ -127,8 +126,8 @@ class MemoryPlan:
             ("draft model", _size(draft.weights)),
             (
                 "draft KV cache",
-                f"{_size(self.draft_kv)}  ({blocks:,} blocks of {block_size}, {blocks * block_size:,} tokens, "
-                f"{_size(draft.block_bytes / block_size)} each)",
+                f"{_size(self.draft_kv)}  ({blocks:,} blocks of {block_size}, "
+                f"{blocks * block_size:,} tokens, {_size(draft.block_bytes / block_size)} each)",
             ),
         ]
 
@@ -167,8 +166,8 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
         if kv + draft_kv > left:
             raise InsufficientMemoryError(
                 f"a draft KV cache of {_size(draft_kv)} beside kv_cache_memory={_size(kv)} does not fit: "
-                f"{_size(left)} are left of {_size(asked.budget)} {asked.budget_name}.\nSet kv_cache_memory to "
-                f"at most {int((left - asked.block_bytes) / (kv + draft_kv) * kv) // MIB}MB, or lower "
+                f"{_size(left)} are left of {_size(asked.budget)} {asked.budget_name}.\nSet kv_cache_memory "
+                f"to at most {int((left - asked.block_bytes) / (kv + draft_kv) * kv) // MIB}MB, or lower "
                 "draft_kv_share."
             )
     else:

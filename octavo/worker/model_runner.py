@@ -21,8 +21,8 @@ from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import Bitmask, SamplingBatch, SamplingSlots, compile_params
 from octavo.sampling.sampler import AskedLogprobs, Drawn, Sampler
 from octavo.speculation.acceptance import Acceptance, VerifyRows
-from octavo.speculation.draft_model import DraftModel
 from octavo.speculation.continued import ContinuedProposer
+from octavo.speculation.draft_model import DraftModel
 from octavo.speculation.proposer import Proposer
 from octavo.worker.cuda_graph import SHORT_ROWS, CudaGraphs
 from octavo.worker.device_time import Mark
@@ -36,6 +36,7 @@ GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
 # Prompt logprobs need the head on every row of a chunk: in slices, because one row of logits is
 # vocab_size floats.
 _HEAD_SLICE = 64
+
 
 @dataclass(slots=True)
 class _Launched:

@@ -101,8 +101,7 @@ class PendingOutput:
             tokens = next(tensors)
             if self._width:
                 sampled = len(tokens) // (self._width + 4)
-                tokens, numbers = tokens.split((sampled * self._width, sampled * 4))
-                tokens, numbers = tokens.view(sampled, -1), numbers.view(4, sampled)
+                tokens, numbers = tokens[: -4 * sampled].view(sampled, -1), tokens[-4 * sampled :].view(4, -1)
             else:
                 numbers = next(tensors)
             logprobs = None

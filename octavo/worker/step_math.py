@@ -57,9 +57,7 @@ class StepMath(Protocol):
         """Inputs of the forward pass, from the device's own counters."""
         ...
 
-    def finish(
-        self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None
-    ) -> Verdict | None:
+    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> Verdict | None:
         """Verify drafts, cut at stop tokens and limits, and move the counters.
 
         drawn: [L] int64, what the target drew at each row of logits; None if nothing is sampled. A
@@ -158,9 +156,7 @@ class TorchStep:
             draw_positions=torch.where(drawn_from < 0, -1, drawn_from + 1),
         )
 
-    def finish(
-        self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None
-    ) -> Verdict | None:
+    def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> Verdict | None:
         """See StepMath."""
         state, to, rows = self._state, self._to_device, StepRows.of(out)
         slots = to(rows.slots)

@@ -27,11 +27,13 @@ from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.sampler import Sampler
 from octavo.sampling_params import SamplingParams
+from octavo.worker.cuda_graph import SHORT_ROWS
 from octavo.worker.input_batch import MAX_DRAFTS
 from octavo.worker.model_runner import ModelRunner
 
 # Rows of logits at which a kernel takes another form: see kernels/triton/products and select.
 _LOGIT_ROWS = (1, 9, 17, 33, 65)
+_SHORT_PROMPT = 1000
 
 
 def warm_up(
@@ -91,14 +93,17 @@ def _run_steps(
     longest = min(runner.model.max_model_len - MAX_DRAFTS - 2, num_blocks * block_size - MAX_DRAFTS - 2)
     numbers = count(-1, -1)
     speculates = runner.proposes
-    # One request, then so many that together they are larger than any graph.
+    # One long prompt; one too short for the library's attention, and too long for a graph; many.
     if longest < 1:
         return
-    for total in (min(longest, max_step_rows), max_step_rows):
-        lengths = []
+    for total in (min(longest, max_step_rows), min(longest, max_step_rows, _SHORT_PROMPT), max_step_rows):
+        lengths: list[int] = []
         while total > 0 and len(lengths) < runner.state.num_slots:
             lengths.append(min(longest, total))
             total -= lengths[-1]
+        if lengths[0] > SHORT_ROWS + 3 and len(lengths) < runner.state.num_slots:
+            lengths[0] -= 3
+            lengths.append(3)  # attention plans short and long requests apart
         for width in (1, 1 + MAX_DRAFTS) if speculates else (1,):
             _one_life(
                 runner, lengths, width, block_size, num_blocks, num_draft_blocks, numbers, max_step_rows

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from octavo.config import EngineArgs
+from octavo.config import EngineArgs, EngineConfig
 from octavo.errors import InsufficientMemoryError
+from tests.checkpoints import make_checkpoint
 from tests.cli.conftest import Cli
 
 
@@ -58,6 +60,42 @@ def test_env_prints_the_description(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "octavo.platform", platform)
     monkeypatch.setitem(vars(octavo), "platform", platform)
     assert cli("env").out == "two cores\n"
+
+
+def test_env_warm_compiles_for_the_options_given(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from octavo.worker import compile_ahead
+
+    seen: list[tuple[str, int, int]] = []
+
+    def compile_nothing(config: EngineConfig, processes: int) -> None:
+        seen.append((config.args.model, config.max_num_seqs, processes))
+
+    monkeypatch.setattr(compile_ahead, "compile_ahead", compile_nothing)
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM")
+    result = cli("env", "--warm", str(folder), "--max-num-seqs", "3", "--device", "cpu")
+    assert "are compiled" in result.out
+    assert seen[0][:2] == (str(folder), 3)
+    assert seen[0][2] > 0
+
+
+def test_env_warm_says_why_there_is_nothing_to_do(cli: Cli, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM")
+    result = cli("env", "--warm", str(folder), "--device", "cpu")
+    assert result.code == 2
+    assert "no kernels to compile ahead" in result.err
+
+
+def test_a_model_is_cut_to_one_layer_of_each_kind(tmp_path: Path) -> None:
+    from octavo.models.config import ModelConfig
+    from octavo.worker.compile_ahead import one_layer_of_each_kind
+
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM")
+    model = replace(ModelConfig.from_folder(folder), num_layers=4, sliding_windows=(None, 8, None, 8))
+    small = one_layer_of_each_kind(model)
+    assert (small.num_layers, small.sliding_windows) == (2, (None, 8))
+    assert small.hidden_size == model.hidden_size
 
 
 @pytest.fixture

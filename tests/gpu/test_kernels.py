@@ -22,7 +22,7 @@ if not torch.cuda.is_available() or not triton_kernels.available():
     pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
 
 from octavo.attention.triton_backend import TritonBackend  # noqa: E402
-from octavo.kernels.triton import select  # noqa: E402
+from octavo.kernels.triton import filters  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import TorchDraw, kept_tokens  # noqa: E402
 from octavo.speculation.gpu_lookup import GpuLookup  # noqa: E402
@@ -91,7 +91,7 @@ def test_kept_sets(kind: str, rows: int) -> None:
     top_k = torch.tensor([0, 50, 20, 5_000, 1, 100_000, 50, 0] * 5, dtype=torch.int32)[:rows]
     top_p = torch.tensor([0.9, 1.0, 0.95, 0.8, 0.5] * 8)[:rows]
     columns = [logits, temperature, top_k, top_p]
-    order, limit, best = (part.cpu() for part in select.thresholds(*(part.to(DEVICE) for part in columns)))
+    order, limit, best = (part.cpu() for part in filters.thresholds(*(part.to(DEVICE) for part in columns)))
     assert torch.equal(best, logits.amax(1))
     bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)
     orders = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -105,7 +105,7 @@ def test_kept_sets(kind: str, rows: int) -> None:
             assert torch.equal(keeps.nonzero()[:, 0], theirs)
         if top_p[row] == 1.0:
             assert ours == len(theirs)
-    again = [part.cpu() for part in select.thresholds(*(part[-1:].to(DEVICE) for part in columns))]
+    again = [part.cpu() for part in filters.thresholds(*(part[-1:].to(DEVICE) for part in columns))]
     assert again[0] == order[-1]  # alone or in a batch
     assert again[1] == limit[-1]
 

@@ -82,13 +82,20 @@ def draft(state: DeviceState, rng: random.Random, slots: list[int]) -> None:
 
 
 def assert_same_inputs(ours: StepInputs, theirs: StepInputs, state: DeviceState) -> None:
-    for name in ("input_ids", "positions", "num_valid", "logits_rows", "draw_positions"):
+    rows = theirs.metadata.num_tokens  # ours may have more, which are padding
+    assert torch.equal(ours.input_ids[:rows], theirs.input_ids)
+    assert (ours.positions[rows:] == -1).all()
+    assert (ours.metadata.slot_mapping[rows:] == -1).all()
+    for name in ("num_valid", "logits_rows", "draw_positions"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert ours.logits_slots.tolist() == theirs.logits_slots.tolist()
     mine, meta = ours.metadata, theirs.metadata
-    for name in ("query_start_loc", "seq_lens", "slot_mapping", "positions"):
+    for name in ("query_start_loc", "seq_lens"):
         assert torch.equal(getattr(mine, name), getattr(meta, name)), name
-    for name in ("num_reqs", "num_tokens", "max_query_len", "max_seq_len"):
+    for name in ("slot_mapping", "positions"):
+        assert torch.equal(getattr(mine, name)[:rows], getattr(meta, name)), name
+    assert mine.num_tokens == len(mine.positions) == len(ours.input_ids)
+    for name in ("num_reqs", "max_query_len", "max_seq_len"):
         assert getattr(mine, name) == getattr(meta, name), name
     assert mine.table_rows is not None
     width = meta.block_table.shape[1]

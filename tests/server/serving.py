@@ -20,7 +20,8 @@ from octavo.engine.detokenizer import IncrementalDetokenizer
 from octavo.engine.tokenizer import RustBackend, Tokenizer
 from octavo.server.access_log import AccessLog
 from octavo.server.app import create_app
-from octavo.server.base_client import OpenRequest
+from octavo.server.base_client import Limits, OpenRequest
+from octavo.server.in_process_client import InProcessEngineClient
 from octavo.server.launch import guard
 from octavo.server.metrics import ServerMetrics
 from octavo.server.settings import ServeSettings
@@ -67,13 +68,18 @@ def tokens(text: str, template: str = PLAIN) -> list[Piece]:
 
 
 class Server:
-    """A running server. `engine` is the fake, which lives in the server's thread."""
+    """A running server. `engine` is its client, which lives in the server's thread."""
 
-    def __init__(self, url: str, engine: FakeEngineClient, loop: asyncio.AbstractEventLoop, app: Any) -> None:
+    def __init__(self, url: str, engine: Any, loop: asyncio.AbstractEventLoop, app: Any) -> None:
         self.url = url
         self.engine = engine
         self.app = app
+        self.stopped = asyncio.Event()
         self._loop = loop
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        self._loop.call_soon_threadsafe(self.stopped.set)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something in the server's event loop, and wait for it."""
@@ -92,58 +98,75 @@ def serving(
     """A server whose engine answers with `script`, or with what it makes of the request."""
     options = ServeSettings.from_kwargs(**(settings or {}))
     known = tokenizer(template) if template is not None else None
+    facts = {"vocab_size": known.vocab_size if known is not None else 1000, **info}
 
     def pieces(request: OpenRequest) -> Sequence[Piece]:
         said = script(request) if callable(script) else script
         return tokens(said, template or PLAIN) if isinstance(said, str) else said
 
-    started: threading.Event = threading.Event()
+    async def make(metrics: ServerMetrics) -> tuple[FakeEngineClient, ServedModel]:
+        engine = FakeEngineClient(pieces, interval=interval, metrics=metrics, **facts)
+        return engine, ServedModel.of(engine.info, options, known)
+
+    with _running(make, options) as server:
+        yield server
+
+
+@contextmanager
+def serving_model(path: str, **engine_args: Any) -> Iterator[Server]:
+    """A server with a real engine, in its own process."""
+    options = ServeSettings()
+
+    async def make(metrics: ServerMetrics) -> tuple[InProcessEngineClient, ServedModel]:
+        engine = InProcessEngineClient(Limits(), metrics)
+        await engine.load({"model": path, **engine_args})
+        return engine, ServedModel.load(await engine.wait_ready(), options)
+
+    with _running(make, options) as server:
+        yield server
+
+
+@contextmanager
+def _running(
+    make: Callable[[ServerMetrics], Coroutine[Any, Any, tuple[Any, ServedModel]]], options: ServeSettings
+) -> Iterator[Server]:
+    """The application around an engine, in a thread, until the end of the block."""
+    started = threading.Event()
     made: list[Server] = []
     failed: list[BaseException] = []
 
     async def run() -> None:
         metrics = ServerMetrics()
-        vocab_size = known.vocab_size if known is not None else 1000
-        facts = {"vocab_size": vocab_size, **info}
-        engine = FakeEngineClient(pieces, interval=interval, metrics=metrics, **facts)
-        model = ServedModel.of(engine.info, options, known)
+        engine, model = await make(metrics)
         app = create_app(ServerState(engine, options, model))
         whole = AccessLog(guard(app, engine, options, [], metrics), None, metrics)
         sock = socket.socket(proto=socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle's delays on
         sock.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            whole,
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=2,
-            timeout_keep_alive=600,
+        http = uvicorn.Server(
+            uvicorn.Config(
+                whole,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=2,
+                timeout_keep_alive=600,
+            )
         )
-        server = uvicorn.Server(config)
-        serve = asyncio.ensure_future(server.serve(sockets=[sock]))
-        while not server.started and not serve.done():
+        serve = asyncio.ensure_future(http.serve(sockets=[sock]))
+        while not http.started and not serve.done():
             await asyncio.sleep(0.005)
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        made.append(Server(url, engine, asyncio.get_running_loop(), app))
+        server = Server(f"http://127.0.0.1:{sock.getsockname()[1]}", engine, asyncio.get_running_loop(), app)
+        made.append(server)
         started.set()
-        await stopped.wait()
-        server.should_exit = True
+        await server.stopped.wait()
+        http.should_exit = True
         await serve
         await engine.shutdown()
 
-    stopped: asyncio.Event
-
     def main() -> None:
-        nonlocal stopped
-
-        async def start() -> None:
-            nonlocal stopped
-            stopped = asyncio.Event()
-            await run()
-
         try:
-            asyncio.run(start())
+            asyncio.run(run())
         except BaseException as error:
             failed.append(error)
         finally:
@@ -151,14 +174,13 @@ def serving(
 
     thread = threading.Thread(target=main, name="test-server", daemon=True)
     thread.start()
-    started.wait(30)
+    started.wait(120)
     if failed:
         raise failed[0]
-    server = made[0]
     try:
-        yield server
+        yield made[0]
     finally:
-        server._loop.call_soon_threadsafe(stopped.set)
+        made[0].stop()
         thread.join(30)
     if failed:
         raise failed[0]

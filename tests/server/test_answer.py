@@ -156,8 +156,8 @@ def test_tool_calls_however_the_text_is_cut(
 
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|im_end|>", "<", "[", "{",
-    "}", "]", '"', "\\", ":", ",", ";", " ", "\n", '{"name": "add"', '"arguments": {', '"parameters": ', "add",
-    "null",
+    "}", "]", '"', "\\", ":", ",", ";", " ", "\n", '{"name": "add"', '"arguments": {', '"parameters": ',
+    "add", "null",
     '{"name": "add", "arguments": {"a": 1}}', "text", "<think>", "</think>", "é", "1",
 ]  # fmt: skip
 WAYS_TO_BEGIN = st.sampled_from([None, True, False])

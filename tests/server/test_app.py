@@ -17,8 +17,9 @@ from octavo import __version__
 from octavo.errors import QueueFullError, RequestError, RequestTimeoutError
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.server.base_client import OpenRequest
+from octavo.server.output_stream import OutputStream
 from octavo.server.settings import ServeSettings
-from tests.server.serving import HERMES, Server, serving
+from tests.server.serving import HERMES, Server, serving, tokens
 from tests.server.test_chat import HI, last_request, post
 
 GENERATING: list[tuple[str, dict[str, Any]]] = [
@@ -113,9 +114,12 @@ def test_wrong_ways(plain: Server, method: str, path: str, status: int, code: st
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_request(plain: Server, body: bytes) -> None:
-    for path, _ in [*GENERATING, ("/tokenize", {}), ("/detokenize", {})]:
-        for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
-            answer = httpx.post(plain.url + path, content=body, headers={"content-type": kind}, timeout=30)
+    paths = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
+    kinds = ["text/plain", "application/x-www-form-urlencoded"]
+    ways = [(path, "application/json") for path in paths] + [(paths[0], kind) for kind in kinds]
+    with httpx.Client(base_url=plain.url, timeout=120) as client:
+        for path, kind in ways:
+            answer = client.post(path, content=body, headers={"content-type": kind})
             assert answer.status_code == 400, (path, answer.text)
             assert error_of(answer)["type"] == "invalid_request_error"
 
@@ -144,16 +148,32 @@ def test_a_client_that_goes_away_frees_its_request(path: str, body: dict[str, An
 
 
 def failing(error: BaseException, after: int) -> Callable[[OpenRequest], Any]:
-    """A script that says `after` tokens and then lets the request fail."""
+    """A script that lets each request fail once it has said `after` tokens."""
 
-    def script(request: OpenRequest) -> str:
-        if after == 0:
-            request.stream.fail(error)
-            return ""
-        request.stream._loop.call_later(0.2, request.stream.fail, error)
-        return LONG
+    def script(request: OpenRequest) -> list[Any]:
+        stream, count = request.stream, 0
+
+        def put(output: RequestOutput) -> None:
+            nonlocal count
+            count += 1
+            type(stream).put(stream, output)
+            if count == after:
+                stream.fail(error)
+
+        if after == 0 or request.kind == "final":
+            stream.fail(error)
+        request.stream = Tapped(stream, put)  # type: ignore[assignment]
+        return tokens(LONG)
 
     return script
+
+
+class Tapped:
+    """A stream of outputs with something in between."""
+
+    def __init__(self, stream: OutputStream, put: Callable[[RequestOutput], None]) -> None:
+        self.put = put
+        self.fail = stream.fail
 
 
 @pytest.mark.parametrize(("path", "body"), GENERATING, ids=["chat", "completion", "batch", "response"])
@@ -182,7 +202,7 @@ def test_errors_before_the_first_token_have_their_status(
 
 @pytest.mark.parametrize(("path", "body"), GENERATING, ids=["chat", "completion", "batch", "response"])
 def test_errors_in_the_middle_of_a_stream(path: str, body: dict[str, Any]) -> None:
-    with serving(failing(RequestTimeoutError("too slow"), 1), interval=0.01) as server:
+    with serving(failing(RequestTimeoutError("too slow"), 3), interval=0.01) as server:
         answer = post(server, path, **body, stream=True)
         assert answer.status_code == 200
         *_, last = answer.text.removesuffix("\n\n").split("\n\n")
@@ -293,7 +313,7 @@ def send_rubbish(count: int) -> None:
         chance = random.Random(5)
         statuses: dict[int, int] = {}
         memory = 0
-        with httpx.Client(base_url=server.url, timeout=30) as client:
+        with httpx.Client(base_url=server.url, timeout=120) as client:
             for number in range(count):
                 path, model, base = models[number % len(models)]
                 data = rubbish(chance, list(page[model]["properties"]), base)

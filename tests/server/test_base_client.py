@@ -79,7 +79,7 @@ def test_a_slow_reader_gets_several_tokens_at_once() -> None:
 @pytest.mark.parametrize("way", ["close", "cancel", "forget"])
 def test_whoever_goes_takes_the_request_along(way: str) -> None:
     async def scenario() -> None:
-        client = FakeEngineClient("a " * 1000, interval=0.001)
+        client = FakeEngineClient("a " * 1000, interval=0.05)
         outputs = ask(client)
         await anext(outputs)
         if way == "close":

@@ -42,7 +42,7 @@ CALL_TEXTS = {
 
 
 def post(server: Server, path: str = "/v1/chat/completions", /, **body: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=30)
+    return httpx.post(server.url + path, json=body, timeout=120)
 
 
 def ask(server: Server, **body: Any) -> Any:
@@ -73,7 +73,8 @@ def plain() -> Iterator[Server]:
 
 
 def last_request(server: Server) -> OpenRequest:
-    return server.engine.requests[-1]
+    request: OpenRequest = server.engine.requests[-1]
+    return request
 
 
 # ---------------------------------------------------------------------- text
@@ -105,7 +106,7 @@ def test_a_stream(plain: Server) -> None:
 def test_the_request_id_is_the_callers(plain: Server) -> None:
     body = {"messages": HI}
     answer = httpx.post(
-        plain.url + "/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"}, timeout=30
+        plain.url + "/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"}, timeout=120
     )
     assert answer.headers["x-request-id"] == "mine-1"
     assert answer.json()["id"] == "chatcmpl-mine-1"

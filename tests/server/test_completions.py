@@ -8,7 +8,11 @@ from typing import Any
 import openai
 import pytest
 
+from octavo.engine.tokenizer import RustBackend, Tokenizer
 from octavo.server.base_client import OpenRequest
+from octavo.server.settings import ServeSettings
+from octavo.server.state import ServedModel
+from tests.engine.sample_tokenizers import byte_fallback, byte_level
 from tests.server import strict
 from tests.server.serving import PLAIN, Server, serving, tokenizer, tokens
 from tests.server.test_chat import last_request, post
@@ -199,25 +203,32 @@ def test_refused(plain: Server, body: dict[str, Any], param: str) -> None:
     assert answer.json()["error"]["param"] == param
 
 
+def use(server: Server, known: Tokenizer) -> None:
+    """Let a server have another tokenizer."""
+    served = ServedModel.of(server.engine.info, ServeSettings(), known)
+    object.__setattr__(server.app.state.octavo, "served", served)
+
+
 def test_an_empty_text_has_its_begin_token() -> None:
     """Where the tokenizer adds one, even an empty prompt is one."""
-    from octavo.server.settings import ServeSettings
-    from octavo.server.state import ServedModel
-    from tests.engine.sample_tokenizers import byte_level
-
+    rust = byte_level("<|begin_of_text|>")
+    known = Tokenizer(RustBackend(rust), {"bos_token": "<|begin_of_text|>"}, PLAIN)
     with serving(SAID) as server:
-        state = server.app.state.octavo
-        from octavo.engine.tokenizer import RustBackend, Tokenizer
-
-        known = Tokenizer(
-            RustBackend(byte_level("<|begin_of_text|>")), {"bos_token": "<|begin_of_text|>"}, PLAIN
-        )
-        object.__setattr__(state, "served", ServedModel.of(server.engine.info, ServeSettings(), known))
+        use(server, known)
         ask(server, prompt="")
         assert last_request(server).prompt_ids == [known.bos_token_id]
         choice = ask(server, prompt="ab", echo=True, logprobs=0, max_tokens=50).choices[0]
         assert choice.logprobs.tokens[0] == "<|begin_of_text|>"
         assert choice.logprobs.text_offset[:3] == [0, 0, 1]
+
+
+def test_offsets_of_an_answer_begin_where_the_prompt_ends() -> None:
+    """Llama 2's tokenizer puts a space before the prompt, which the prompt's own text does not have."""
+    with serving(lambda request: [(" world", 300)]) as server:
+        use(server, Tokenizer(RustBackend(byte_fallback()), {"bos_token": "<s>"}, PLAIN))
+        choice = ask(server, prompt="hello", echo=True, logprobs=0).choices[0]
+        assert choice.text == "hello world"
+        assert choice.logprobs.text_offset[-1] == len("hello")
 
 
 def test_the_official_client(plain: Server) -> None:

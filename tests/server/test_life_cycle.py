@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -134,15 +135,7 @@ def test_a_grammar_is_compiled_in_the_engines_process(shared_server: ServerProce
 def test_a_client_that_goes_frees_its_request(shared_server: ServerProcess) -> None:
     url = shared_server.wait_ready()
     wait_idle(url)
-    host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({**LONG, "stream": True}).encode()
-    with socket.create_connection((host, int(port))) as sock:
-        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        sock.sendall(head.encode() + body)
-        assert sock.recv(100)
-        deadline = time.monotonic() + PATIENCE
-        while stats(url)["running"] != 1:
-            assert time.monotonic() < deadline
+    leave_early(url, "/generate", {**LONG, "stream": True})
     before = stats(url)["steps"]
     after = wait_idle(url)["steps"]
     assert after - before < 2000, "the engine went on to the end of the answer"
@@ -166,6 +159,58 @@ def test_every_request_has_a_line_and_a_name(shared_server: ServerProcess) -> No
     assert line["finish_reason"] == "length"
     assert line["aborted"] is False
     assert 0 < line["ttft"] <= line["latency"]
+
+
+@pytest.mark.parametrize("extra", [(), ("--in-process",)], ids=["child", "in-process"])
+def test_the_real_application(tiny_model: Path, extra: tuple[str, ...]) -> None:
+    """The same life with OpenAI's routes, which watch their clients whether they stream or not."""
+    arguments = (*TINY_ARGUMENTS, "--served-model-name", "tiny", *extra)
+    with server(str(tiny_model), *arguments, stub=False) as process:
+        url = process.wait_ready()
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] <= 5
+        assert httpx.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"][0]["id"] == "tiny"
+        for count, stream in enumerate((True, False), start=1):
+            long = {**body, "max_tokens": 8000, "ignore_eos": True, "stream": stream}
+            leave_early(url, "/v1/chat/completions", long)
+            wanted = {
+                "num_requests_running": 0.0,
+                "kv_cache_usage_perc": 0.0,
+                'request_success_total{finished_reason="abort"}': float(count),
+            }
+            deadline = time.monotonic() + PATIENCE
+            while not wanted.items() <= (found := figures(url)).items():
+                assert time.monotonic() < deadline, found
+                time.sleep(0.02)
+
+
+def leave_early(url: str, path: str, body: dict[str, Any]) -> None:
+    """Ask, wait until the engine is at it, and close the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port))) as sock:
+        sock.sendall(head.encode() + content)
+        deadline = time.monotonic() + PATIENCE
+        while figures(url)["num_requests_running"] != 1:
+            assert time.monotonic() < deadline
+
+
+def figures(url: str) -> dict[str, float]:
+    """The metrics page: name without prefix (and without the labels that all have) -> value."""
+    page = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    found = {}
+    for line in page.splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            name = re.sub(r'(engine|model_name)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")
+            found[name.removeprefix("octavo:")] = float(value)
+    return found
 
 
 # ---------------------------------------------------------------------- the end
@@ -199,6 +244,7 @@ def test_a_second_sigterm_ends_at_once_and_says_so(own_server: ServerProcess) ->
     assert "shutting down" in stream.lines[-1]["error"]
 
 
+@pytest.mark.slow
 def test_the_drain_has_an_end(tiny_model: Path) -> None:
     with server(str(tiny_model), *TINY_ARGUMENTS, "--drain-timeout", "1.5") as process:
         url = process.wait_ready()
@@ -253,6 +299,7 @@ def test_the_end_of_the_socket_ends_the_engine(tiny_model: Path) -> None:
         child.kill()
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_model_loads(tiny_model: Path) -> None:
     with server(str(tiny_model), *TINY_ARGUMENTS) as process:
         url = process.url()
@@ -309,6 +356,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     process.assert_no_orphans()
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there(tiny_model: Path) -> None:
     process = ServerProcess(str(tiny_model), "--kv-cache-memory", "900TB")
     assert process.wait_end() == 1
@@ -320,6 +368,7 @@ def test_memory_that_is_not_there(tiny_model: Path) -> None:
 # ---------------------------------------------------------------------- limits
 
 
+@pytest.mark.slow
 def test_a_flood_is_answered_429(tiny_model: Path) -> None:
     arguments = (*TINY_ARGUMENTS, "--max-num-seqs", "2", "--max-queue", "2")
     with server(str(tiny_model), *arguments) as process:
@@ -334,6 +383,7 @@ def test_a_flood_is_answered_429(tiny_model: Path) -> None:
         assert len(streams) == 4
 
 
+@pytest.mark.slow
 def test_a_request_has_a_longest_time(tiny_model: Path) -> None:
     with server(str(tiny_model), *TINY_ARGUMENTS, "--request-timeout", "0.5") as process:
         url = process.wait_ready()
@@ -345,6 +395,7 @@ def test_a_request_has_a_longest_time(tiny_model: Path) -> None:
         wait_idle(url)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_ended(tiny_model: Path) -> None:
     with server(str(tiny_model), *TINY_ARGUMENTS, "--engine-timeout", "3") as process:
         url = process.wait_ready()
@@ -399,8 +450,8 @@ def test_keys_guard_everything_and_are_shown_nowhere(tiny_model: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_an_hour_in_a_minute(smollm2_path: Path) -> None:
-    """64 clients, many of whom leave early, on a real model; then an idle engine with nothing in use."""
+def test_sixty_four_clients_who_come_and_go(smollm2_path: Path) -> None:
+    """Many of them leave early; then the engine is idle and nothing is in use."""
     import asyncio
     import random
 

@@ -139,7 +139,7 @@ def test_the_dashboard_asks_for_nothing_that_is_not_there() -> None:
         assert panel["title"]
         for target in panel.get("targets", []):
             expression = target["expr"].replace("${prefix}", "octavo")
-            asked |= set(re.findall(r"\b(?:octavo:|http_|process_)[a-zA-Z_:]+", expression))
+            asked |= set(re.findall(r"\b(?:octavo:|http_|process_)[a-zA-Z0-9_:]+", expression))
             assert expression.count("(") == expression.count(")")
     assert len(asked) >= 15
     assert asked - known == set()

@@ -123,36 +123,68 @@ class Drawing:
             self.num_drafts += max(0, count)
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_texts_with_rejection_have_the_targets_distribution(folder: Path, depth: int) -> None:
-    """Three tokens of four possible ones, many times: the counts of all 64 texts with drafts and without."""
-    allowed, samples = [65, 70, 75, 80], 3000
+ALLOWED, SAMPLES = [65, 70, 75, 80], 3000
+
+
+def short_texts(llm: LLM) -> tuple[Counter[tuple[int, ...]], float]:
+    """Three tokens of four possible ones, many times: how often each text came, and the acceptance rate."""
     one = SamplingParams(
         top_k=3,
         max_tokens=3,
         ignore_eos=True,
-        allowed_token_ids=allowed,
+        allowed_token_ids=ALLOWED,
         logit_bias={65: 1.5, 70: 0.5, 80: -0.5},
     )
-    params = [one.replace(seed=n) for n in range(samples)]
-    prompts = [{"prompt_token_ids": [1, 2, 3]}] * samples
+    params = [one.replace(seed=n) for n in range(SAMPLES)]
+    outputs = llm.generate([{"prompt_token_ids": [1, 2, 3]}] * SAMPLES, params, use_tqdm=False)
+    drafted = accepted = 0
+    for output in outputs:
+        if output.metrics is not None and output.metrics.speculation is not None:
+            drafted, accepted = drafted + speculation(output).drafted, accepted + speculation(output).accepted
+    return Counter(tuple(o.outputs[0].token_ids) for o in outputs), accepted / max(1, drafted)
+
+
+@pytest.fixture(scope="module")
+def plain_texts(folder: Path) -> Counter[tuple[int, ...]]:
     with engine(folder, None) as llm:
-        plain = Counter(tuple(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False))
-    config = {"method": "predicted", "num_speculative_tokens": 2, "acceptance": "rejection"}
-    with engine(folder, config, pipeline_depth=depth) as llm:
-        runner: Any = llm._engine_parts().engine.executor._runner  # type: ignore[attr-defined]
-        assert isinstance(runner._acceptance, RejectionAcceptance)
-        drafter = Drawing(runner.state, runner._acceptance._distributions, allowed)
-        runner._proposer = drafter
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-    accepted = sum(speculation(o).accepted for o in outputs)
-    assert 0.1 < accepted / sum(speculation(o).drafted for o in outputs) < 0.95
-    found = Counter(tuple(o.outputs[0].token_ids) for o in outputs)
-    assert found != plain  # another draw, of the same distribution
+        return short_texts(llm)[0]
+
+
+def check_distribution(plain: Counter[tuple[int, ...]], found: Counter[tuple[int, ...]]) -> None:
+    """Two draws of one distribution, by chi-square; seeds are fixed, so what passes goes on passing."""
+    assert found != plain
     texts = plain.keys() | found.keys()
     distance = sum((plain[t] - found[t]) ** 2 / (plain[t] + found[t]) for t in texts)
     freedom = len(texts) - 1
     assert distance < freedom + 4.5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_texts_with_rejection_have_the_targets_distribution(
+    folder: Path, plain_texts: Counter[tuple[int, ...]], depth: int
+) -> None:
+    """The drafter's favourite is the target's least probable token."""
+    config = {"method": "predicted", "num_speculative_tokens": 2, "acceptance": "rejection"}
+    with engine(folder, config, pipeline_depth=depth) as llm:
+        executor: Any = llm._engine_parts().engine.executor
+        runner = executor.runner if depth == 0 else executor._runner
+        assert isinstance(runner._acceptance, RejectionAcceptance)
+        runner._proposer = Drawing(runner.state, runner._acceptance._distributions, ALLOWED)
+        found, acceptance = short_texts(llm)
+    assert 0.1 < acceptance < 0.95
+    check_distribution(plain_texts, found)
+
+
+@pytest.mark.parametrize("method", ["draft_model", "hybrid"])
+def test_draft_models_draw_from_what_they_say(
+    folder: Path, plain_texts: Counter[tuple[int, ...]], method: str, tmp_path: Path
+) -> None:
+    draft = make_checkpoint(tmp_path / "draft", tokenizer=True, seed=5, num_hidden_layers=1)
+    config = {"method": method, "model": str(draft), "num_speculative_tokens": 2, "acceptance": "rejection"}
+    with engine(folder, config) as llm:
+        found, acceptance = short_texts(llm)
+    assert 0.1 < acceptance < 0.999
+    check_distribution(plain_texts, found)
 
 
 # ---------------------------------------------------------------------- synthetic

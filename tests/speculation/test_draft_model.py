@@ -133,10 +133,15 @@ def test_samples_share_the_prompt(models: Path) -> None:
 
 @pytest.mark.parametrize("vocab_size", [290, 320])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_vocabulary_padded_to_another_size(models: Path, tmp_path: Path, vocab_size: int, method: str) -> None:
+def test_a_vocabulary_padded_to_another_size(
+    models: Path, tmp_path: Path, vocab_size: int, method: str
+) -> None:
     draft = make_checkpoint(tmp_path / "padded", tokenizer=True, vocab_size=vocab_size, seed=4)
     params = SAMPLED.replace(
-        temperature=1.5, allowed_token_ids=[*range(40, 60), 299], logit_bias={298: 2.0}, repetition_penalty=1.1
+        temperature=1.5,
+        allowed_token_ids=[*range(40, 60), 299],
+        logit_bias={298: 2.0},
+        repetition_penalty=1.1,
     )
     prompts = [[5, 7, 299, 295, 9], [291, 12, 13], [298] * 20]  # tokens the smaller vocabulary lacks
     with engine(models, None) as llm:
@@ -174,7 +179,8 @@ def test_added_tokens_may_have_other_names(models: Path, tmp_path: Path) -> None
 
 def test_without_tokenizers_the_sizes_are_compared(tmp_path: Path) -> None:
     target = make_checkpoint(tmp_path / "target")
-    same, other = make_checkpoint(tmp_path / "same", seed=1), make_checkpoint(tmp_path / "other", vocab_size=140)
+    same = make_checkpoint(tmp_path / "same", seed=1)
+    other = make_checkpoint(tmp_path / "other", vocab_size=140)
     options: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "4MB"}
     with LLM(str(target), speculative={"method": "draft_model", "model": str(same)}, **options) as llm:
         llm.generate([[3, 4, 5]], SamplingParams(max_tokens=4), use_tqdm=False)
@@ -226,8 +232,8 @@ def test_a_request_may_ask_for_its_own_number(models: Path) -> None:
     params = [SAMPLED.replace(num_speculative_tokens=count) for count in (0, 1, 16)]
     with engine(models, "target") as llm:
         found = llm.generate(["in the end"] * 3, params, use_tqdm=False)
-    per_step = [o.metrics.speculation.drafted_by_position for o in found if o.metrics and o.metrics.speculation]
-    assert [len(positions) for positions in per_step] == [0, 1, 16]
+    speculation = [o.metrics.speculation for o in found if o.metrics and o.metrics.speculation]
+    assert [len(each.drafted_by_position) for each in speculation] == [0, 1, 16]
     assert len({tuple(t) for t in tokens(found)}) == 1
 
 
@@ -277,7 +283,7 @@ def test_rejection_sampling_keeps_the_distribution(models: Path, method: str) ->
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_auto_drafts_where_it_pays(tmp_path: Path, rate: float) -> None:
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 256,
         "intermediate_size": 1024,
         "num_attention_heads": 8,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from octavo import LLM, SamplingParams
-from octavo.errors import ConfigError, ModelNotFoundError, NotInThisVersionError, RequestError
+from octavo.errors import ConfigError, ModelNotFoundError, RequestError
 from octavo.outputs import RequestOutput
 from tests.checkpoints import make_checkpoint
 from tests.speculation.draft_models import make_draft_models
@@ -209,7 +209,7 @@ def test_a_drafter_hears_how_it_fared(folder: Path) -> None:
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         llm.generate(PROMPTS, params, use_tqdm=False)
         executor: Any = llm._engine_parts().engine.executor
-        observed = executor._runner._proposer._drafter.observed
+        observed = executor.runner._proposer._drafter.observed
     assert len(observed) > 20
     assert all(accepted <= drafted for drafted, accepted in observed)
     assert 0.3 < sum(a for _, a in observed) / sum(d for d, _ in observed) < 0.9

@@ -154,6 +154,9 @@ class RunnerDevice:
     def launch(self, out: SchedulerOutput) -> None:
         self.runner.forward(out)
         self.outputs.append(self.runner.sample().read())
+        for slot, _ in out.propose:  # a draft behind the limit would be KV without a block
+            room = self.state.limit[slot] - self.state.num_tokens[slot]
+            assert 0 <= self.state.num_drafts[slot] <= room
         for slot, count in out.propose if self.drafts_itself else ():
             if self.state.finished[slot]:
                 continue
@@ -180,7 +183,6 @@ class RunnerSimulation(Simulation):
 
     def next_seed(self) -> int:
         return SEED
-
 
     def read(self) -> None:
         output = self.device.outputs[0]

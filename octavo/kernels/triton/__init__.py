@@ -6,8 +6,14 @@ Nothing here is imported on a machine without Triton: importers ask `available` 
     products   products of few rows with a weight, with what follows them in a layer
     attention  attention over paged keys and values for any mix of rows
     pointwise  embedding, norms, SiLU·mul, qk-norm + rotary + store
-    sample     argmax, draw, log-probabilities
+    sample     argmax and draw
+    select     the passes over a row of logits that the next two share
+    filters    thresholds of top-k and top-p
+    top        log-probabilities and the greatest tokens
     step       inputs of a step and the verdict on its tokens, on the device
+    lookup     drafts from the text itself or from a predicted output
+    draft      what lies around the passes of a draft model
+    prompt     attention of whole prompts by the library
     decoder    a whole decoder forward of few rows, five kernels a layer
 
 Every kernel is a function of its row alone, whatever stands in the other rows, and its sums have

@@ -33,7 +33,7 @@ from octavo.kernels.triton.launch import (
 
 GROUP = 128  # tokens summed by themselves; part of the definition of a row's bits
 LOG2_E = 1.4426950408889634
-_NO_LIMIT = 2**31 - 1
+NO_LIMIT = 2**31 - 1
 
 
 @triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "whole"])
@@ -320,7 +320,7 @@ def plan(
     least: int = 0,
     most: int = 0,
     pdl: bool | None = None,
-    whole: int = _NO_LIMIT,
+    whole: int = NO_LIMIT,
 ) -> TilePlan:
     """Cut the rows of a step into tiles; `least` and `most` choose requests by their number of rows.
 
@@ -334,8 +334,8 @@ def plan(
     pdl = uses_pdl(starts) if pdl is None else pdl
     block_t = 16
     plan_kernel[(-(-num_tiles // block_t),)](
-        starts, metadata.positions, metadata.table_rows, tiles, num_tiles, spec.sliding_window or 0, num_reqs, whole,
-        LEAST=least, MOST=most, ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
+        starts, metadata.positions, metadata.table_rows, tiles, num_tiles, spec.sliding_window or 0, num_reqs,
+        whole, LEAST=least, MOST=most, ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
         HAS_WINDOW=spec.sliding_window is not None, BLOCK_T=block_t,
         REQUESTS=max(16, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip

@@ -84,11 +84,13 @@ def plans_of(
     wide = WIDE if spec.head_dim <= 128 else WIDE_HEAD
     if dtype == torch.float32:
         wide = WIDE_FLOAT32
-    chunks = {"whole": prompt.LEAST_ROWS} if metadata.whole_prompts else {}
-    return [
-        attention.plan(metadata, spec, NARROW, parts, most=NARROW_ROWS),
-        attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, **chunks),
-    ]
+    whole = prompt.LEAST_ROWS if metadata.whole_prompts else attention.NO_LIMIT
+    plans = []
+    if metadata.min_query_len <= NARROW_ROWS:
+        plans.append(attention.plan(metadata, spec, NARROW, parts, most=NARROW_ROWS))
+    if len(metadata.whole_prompts) < metadata.num_reqs:
+        plans.append(attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, whole=whole))
+    return plans
 
 
 class FusedDecoder:

@@ -580,7 +580,7 @@ def choose_tiling(kind: str, n: int, k: int, num_rows: int) -> Tiling:
             tiling = replace(tiling, stages=3, early=256)
     if num_rows > 32:
         if kind == "qkv":
-            tiling = replace(tiling, warps=8)
+            tiling = replace(tiling, block_k=128, stages=3, warps=8)
         elif kind == "gate_up" and n >= 16384:
             tiling = replace(tiling, stages=4)
         elif kind == "residual" and k >= 4096:

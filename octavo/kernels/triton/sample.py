@@ -2,7 +2,7 @@
 
 `draw` is one pass over the logits by many programs a row; each keeps its best score, and the last
 to arrive picks the row's. Noise is octavo.sampling.noise's, word for word, in float32, and worked out
-only where something is kept. Rows that ask for top-k or top-p get a threshold first (see select).
+only where something is kept. Rows that ask for top-k or top-p get a threshold first (see filters).
 Nothing waits for the host.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
-from octavo.kernels.triton import select
+from octavo.kernels.triton import filters, select
 from octavo.kernels.triton.launch import next_power_of_2, one_form
 from octavo.kernels.triton.select import legal, order_of
 
@@ -136,12 +136,12 @@ def draw(
     if top_k is not None:
         assert temperature is not None
         assert top_p is not None
-        order, limit, best = select.thresholds(
+        order, limit, best = filters.thresholds(
             logits, temperature, top_k, top_p, any_cut=any_cut, any_both=any_both
         )
     draw_kernel[(rows, chunks)](
         logits, temperature, min_p, seed, position, order, limit, best, scores, ids, counters, out, vocab,
         logits.stride(0), chunks, stream, GREEDY=temperature is None, FILTERED=top_k is not None, CHUNK=chunk,
-        CHUNKS=next_power_of_2(chunks), num_warps=4,
+        CHUNKS=next_power_of_2(chunks), num_warps=select.warps_of(chunk),
     )  # fmt: skip
     return out

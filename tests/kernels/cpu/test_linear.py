@@ -135,7 +135,7 @@ def test_an_arena_opens_another_chunk_when_one_is_full() -> None:
     huge = arena.take(CHUNK_BYTES + 1, torch.uint8)
     for part in (first, second, huge):
         part[0], part[-1] = 1, 2
-        assert (part[0], part[-1]) == (1, 2)
+        assert (part[0].item(), part[-1].item()) == (1, 2)
     assert (len(first), len(second), len(huge)) == (CHUNK_BYTES - 64, 100, CHUNK_BYTES + 1)
     assert second.dtype == torch.float32
     spans = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in (first, second, huge))

@@ -9,7 +9,7 @@ from tests.kernels.triton import interpreter
 
 interpreter.enable()
 
-from octavo.kernels.triton import select  # noqa: E402
+from octavo.kernels.triton import filters, select  # noqa: E402
 from octavo.sampling.batch import SamplingBatch  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import TorchDraw, kept_tokens  # noqa: E402
@@ -60,7 +60,7 @@ def test_kept_tokens(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     temperature = torch.tensor([0.4, 1.0, 2.0] * 4)
     top_k = torch.tensor([0, 1, 3, 30, 89, 90, 0, 60, 0, 5, 7, 40], dtype=torch.int32)
     top_p = torch.tensor([0.9, 0.4, 1.0, 0.99, 0.9999, 0.1] * 2)
-    order, limit, best = select.thresholds(logits, temperature, top_k, top_p)
+    order, limit, best = filters.thresholds(logits, temperature, top_k, top_p)
     for row in range(len(logits)):
         ours = select_kept(logits[row], int(order[row]), int(limit[row]))
         theirs = kept_tokens(logits[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), 0.0)
@@ -91,11 +91,11 @@ def test_argmax() -> None:
     assert GpuDraw().argmax(logits).tolist() == TorchDraw().argmax(logits).tolist()
 
 
-@pytest.mark.parametrize(("room", "num_top"), [(4096, 0), (4096, 9), (4096, 200), (4, 9)])
+@pytest.mark.parametrize(("room", "num_top"), [(4096, 0), (4096, 200), (4, 9)])
 def test_logprobs(room: int, num_top: int, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, room)
     _, logits = batch_and_logits()
-    tokens = torch.arange(16) * 7
+    logits, tokens = logits[2:9], torch.arange(7) * 7
     tokens[2] = -1
     for ours, theirs in zip(
         GpuDraw().logprobs(logits, tokens, num_top),

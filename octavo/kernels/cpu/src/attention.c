@@ -26,9 +26,12 @@ static void find_tiles(const attend_job *job, int request, int64_t unit, int cou
     const oc_layout *l = &job->layout;
     const int32_t *table = job->step->block_table + job->step->block_table_stride * request;
     for (int t = 0; t < UNIT_TILES; t++) {
-        const int64_t tile = unit * UNIT_TILES + (t < count ? t : 0);
-        const int64_t block = table[tile / l->tiles_per_block];
-        tiles[t] = job->kv_cache + block * l->block_bytes + tile % l->tiles_per_block * l->tile_bytes;
+        int64_t block = unit * UNIT_TILES + (t < count ? t : 0), tile = 0;
+        if (l->tiles_per_block > 1) { /* divisions are slow */
+            tile = block % l->tiles_per_block;
+            block /= l->tiles_per_block;
+        }
+        tiles[t] = job->kv_cache + table[block] * l->block_bytes + tile * l->tile_bytes;
     }
 }
 

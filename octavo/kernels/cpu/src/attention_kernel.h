@@ -101,14 +101,17 @@ INLINE void score_unit(const int R, const int kind, const int prefetch, const oc
                        const chunk_state *chunk, const unit_pointers *unit, int from, int to,
                        float (*scores)[UNIT]) {
 #if TILE_VECTORS == 1
-    if (from == 0 && to == UNIT_TILES) {
-        score_block(R, UNIT_TILES, kind, prefetch, chunk->query, chunk->query_bytes, unit->tile, unit->next,
-                    l->key_steps, scores, 0);
-        return;
+    /* As many tiles at once as there are: the sums of one tile alone would wait for each other. */
+#define SCORE_TILES(C)                                                                             \
+    score_block(R, C, kind, prefetch, chunk->query, chunk->query_bytes, unit->tile + from,         \
+                unit->next + from, l->key_steps, scores, from *OC_TILE)
+    switch (to - from) {
+        case 1: SCORE_TILES(1); break;
+        case 2: SCORE_TILES(2); break;
+        case 3: SCORE_TILES(3); break;
+        default: SCORE_TILES(4); break;
     }
-    for (int t = from; t < to; t++)
-        score_block(R, 1, kind, prefetch, chunk->query, chunk->query_bytes, unit->tile + t, unit->next + t,
-                    l->key_steps, scores, t * OC_TILE);
+#undef SCORE_TILES
 #else
     for (int t = from; t < to; t++)
         for (int part = 0; part < TILE_VECTORS; part += 2) {

@@ -243,7 +243,8 @@ int32_t oc_linear_warming(const void *x, int64_t x_stride, int64_t m, const oc_p
         x_stride = padded;
     }
     const int64_t panels = oc_panels_of(w), steps = bf ? (w->k + 1) / 2 : w->k;
-    const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS, tiles = (panels + TILE_PANELS - 1) / TILE_PANELS;
+    const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t tiles = (panels + TILE_PANELS - 1) / TILE_PANELS;
     const int64_t even = (m + blocks - 1) / blocks; /* blocks of like size, in whole tiles */
     linear_call c = {
         .x = x,
@@ -261,7 +262,8 @@ int32_t oc_linear_warming(const void *x, int64_t x_stride, int64_t m, const oc_p
         .y_stride = y_stride,
         .y_dtype = y_dtype,
         .epilogue = epilogue,
-        .streams = y_dtype == OC_F32 && m * w->n * 4 > STREAM_BYTES && y_stride % 16 == 0 && (uintptr_t)y % 64 == 0,
+        .streams = y_dtype == OC_F32 && m * w->n * 4 > STREAM_BYTES && y_stride % 16 == 0 &&
+                   (uintptr_t)y % 64 == 0,
         .warm = warm,
     };
     oc_parallel_for(tiles * blocks, 1, linear_task, &c);
