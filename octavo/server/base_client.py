@@ -32,6 +32,7 @@ from octavo.server.engine_client import ClientState, EngineClientInfo, LoadProgr
 from octavo.server.metrics import ServerMetrics
 from octavo.server.output_stream import OutputStream
 from octavo.server.request_record import CURRENT_RECORD, RequestRecord
+from octavo.server.security import CACHE_OWNER
 
 MAX_RETRY_AFTER = 60
 _ENDINGS_REMEMBERED = 64
@@ -174,6 +175,9 @@ class BaseEngineClient(ABC):
         prompt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """See EngineClient."""
+        owner = CACHE_OWNER.get()
+        if owner is not None:
+            params = params.replace(cache_salt=f"{owner}/{params.cache_salt or ''}")
         num_sequences = params.num_samples
         self._let_in(num_sequences)
         stream = OutputStream(self._loop)

@@ -11,6 +11,7 @@ import hmac
 import json
 import stat
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,11 @@ from octavo.server.settings import ServeSettings, check_key
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATH = "/metrics"
+
+# Whose request this is, where several keys are known: whatever the engine remembers of earlier requests
+# (prefix cache, outputs a drafter learns from) stays with the key, since timing would tell one owner what
+# another wrote. None: everyone is the same.
+CACHE_OWNER: ContextVar[str | None] = ContextVar("octavo_cache_owner", default=None)
 
 
 def load_keys(settings: ServeSettings) -> tuple[list[str], list[str]]:
@@ -48,10 +54,13 @@ class KeyRing:
     """Knows keys by their hashes; comparing takes the same time whatever is given."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._digests = [_digest(key) for key in dict.fromkeys(key.encode() for key in keys)]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
+
+    def __len__(self) -> int:
+        return len(self._digests)
 
     def holds(self, given: bytes) -> bool:
         """True if `given` is one of the keys."""
@@ -79,7 +88,8 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             keys = self._keys_for(route_path(scope))
-            if keys and not keys.holds(_bearer(scope)):
+            given = _bearer(scope)
+            if keys and not keys.holds(given):
                 await send_error(
                     send,
                     401,
@@ -89,6 +99,8 @@ class ApiKeys:
                     [(b"www-authenticate", b"Bearer")],
                 )
                 return
+            if len(self._keys) > 1:
+                CACHE_OWNER.set(_digest(given).hex()[:16])
         elif scope["type"] != "lifespan":
             return  # a websocket: there are none here
         await self._app(scope, receive, send)

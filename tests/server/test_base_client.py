@@ -22,6 +22,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.base_client import Limits
 from octavo.server.output_stream import OutputStream
 from octavo.server.request_record import CURRENT_RECORD, RequestRecord
+from octavo.server.security import CACHE_OWNER
 from tests.server.fake_engine import FakeEngineClient
 
 Scenario = Callable[[], Awaitable[None]]
@@ -42,6 +43,26 @@ def ask(client: FakeEngineClient, **options: Any) -> Any:
 
 async def text_of(outputs: Any) -> str:
     return "".join([output.outputs[0].text async for output in outputs])
+
+
+def test_requests_of_different_owners_share_no_cache() -> None:
+    async def scenario() -> None:
+        client = FakeEngineClient("one two three")
+
+        async def salt_of(owner: str | None, salt: str | None = None) -> str | None:
+            CACHE_OWNER.set(owner)
+            await text_of(ask(client, params=SamplingParams(max_tokens=3, cache_salt=salt)))
+            found: str | None = client.requests[-1].params.cache_salt
+            return found
+
+        assert await salt_of(None) is None
+        assert await salt_of(None, "mine") == "mine"
+        salts = [await salt_of(owner, salt) for owner in ("a", "b") for salt in (None, "mine", "yours")]
+        assert len(set(salts)) == 6
+        assert await salt_of("a") == salts[0]
+        await client.shutdown()
+
+    run(scenario)
 
 
 def test_deltas_make_the_text_and_final_is_all_of_it() -> None:

@@ -23,7 +23,15 @@ from octavo.platform.process import hide_arguments
 from octavo.server.access_log import AccessLog, LineWriter
 from octavo.server.http_protocol import bounded_protocol
 from octavo.server.metrics import ServerMetrics
-from octavo.server.security import ApiKeys, BodyLimit, KeyRing, load_keys, route_path, send_json
+from octavo.server.security import (
+    CACHE_OWNER,
+    ApiKeys,
+    BodyLimit,
+    KeyRing,
+    load_keys,
+    route_path,
+    send_json,
+)
 from octavo.server.settings import ServeSettings
 
 
@@ -64,6 +72,26 @@ def test_only_a_known_key_passes() -> None:
         assert answer.json()["error"]["type"] == "authentication_error"
     for header in ("Bearer first-key", "bearer second-key", "Bearer  first-key"):
         assert get(app, "/v1/models", authorization=header).status_code == 200, header
+
+
+def test_each_of_several_keys_owns_what_the_engine_remembers() -> None:
+    async def tell(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, 200, CACHE_OWNER.get())
+
+    def owner(app: ASGIApp, key: str) -> str | None:
+        found: str | None = get(app, "/v1/models", authorization=f"Bearer {key}").json()
+        return found
+
+    several = ApiKeys(tell, ["first-key", "second-key"])
+    first, second = owner(several, "first-key"), owner(several, "second-key")
+    assert first
+    assert second
+    assert first != second
+    assert owner(several, "first-key") == first
+    assert "key" not in first
+    for one in (ApiKeys(tell, ["first-key"]), ApiKeys(tell, ["first-key", "first-key"])):
+        assert owner(one, "first-key") is None
+    assert owner(ApiKeys(tell, []), "") is None
 
 
 @pytest.mark.parametrize(
