@@ -16,9 +16,7 @@ from octavo.speculation.lookup import MAX_MATCH, MIN_MATCH
 class GpuLookup:
     """See Proposer. `tables` are the device tables as kernels see them."""
 
-    def __init__(
-        self, tables: SlotTables, *, prompt: bool = True, min_match: int = MIN_MATCH
-    ) -> None:
+    def __init__(self, tables: SlotTables, *, prompt: bool = True, min_match: int = MIN_MATCH) -> None:
         self.name = "prompt_lookup" if prompt else "predicted"
         self._tables = tables
         self._prompt = prompt
