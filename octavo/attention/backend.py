@@ -37,6 +37,22 @@ class AttentionMetadata:
     # (row of block_table, first token row, rows) of each chunk that the host knows to begin its request
     whole_prompts: tuple[tuple[int, int, int], ...] = ()
 
+    @classmethod
+    def of_padding(cls, num_rows: int, max_query_len: int, device: torch.device) -> AttentionMetadata:
+        """A step of padding rows alone: the products run, no KV is stored or read. To time a step."""
+        padding = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+        return cls(
+            query_start_loc=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
+            seq_lens=torch.zeros(1, dtype=torch.int32, device=device),
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            slot_mapping=padding,
+            positions=padding,
+            num_reqs=1,
+            num_tokens=num_rows,
+            max_query_len=max_query_len,
+            max_seq_len=0,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:

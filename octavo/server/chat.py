@@ -33,6 +33,7 @@ from octavo.server.streaming import (
     EventStream,
     OutputReader,
     check_answer,
+    chunk_frame,
     json_response,
     unless_gone,
 )
@@ -230,15 +231,9 @@ class ChatAnswer:
     async def stream(self, reader: OutputReader) -> AsyncGenerator[bytes, None]:
         """The events of a stream, several in one where they come together."""
         request = self._plan.request
-        head = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._plan.model.name,
-            "system_fingerprint": None,
-        }
-        self._head = "data: " + json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":['
-        self._tail = ',"usage":null}\n\n' if request.includes_usage else "}\n\n"
+        self._head, self._tail = chunk_frame(
+            self.id, "chat.completion.chunk", self._created, self._plan.model.name, request.includes_usage
+        )
         is_plain = self._plan.params.logprobs is None and not request.return_token_ids
         is_plain = is_plain and self._choices[0].reader is None
         async for item in reader.stream():

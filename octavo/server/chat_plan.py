@@ -19,7 +19,7 @@ from octavo.server.answer.tool_formats import HERMES, ToolFormat
 from octavo.server.answer.tool_parsers import ArgumentsParser, MistralParser, PlainParser, ToolParser
 from octavo.server.answer.tool_prompt import uses_tools, with_tools_as_text
 from octavo.server.protocol.chat import ChatRequest, template_messages
-from octavo.server.protocol.generation import make_params, prediction_text
+from octavo.server.protocol.generation import make_params
 from octavo.server.state import ServedModel, ServerState, need_tokenizer
 from octavo.server.tool_use import ToolUse, read_tools
 
@@ -103,11 +103,7 @@ def make_plan(state: ServerState, request: ChatRequest) -> ChatPlan:
         form = {"json": enforced}
     if form is not None:
         given["structured_outputs"] = form
-    if request.prediction is not None:
-        if model.info.speculative_method is None:
-            warnings.append("prediction: not used, since the engine runs without speculative decoding")
-        else:
-            given["prediction"] = prediction_text(request.prediction) or None
+    given |= request.prediction_kwargs(model.info.speculative_method, warnings)
     prompt_ids = truncated(prompt_ids, request.truncate_prompt_tokens, model, given.get("max_tokens"))
     params = make_params(given, model.info.generation_defaults)
     if "max_tokens" not in given and "max_new_tokens" not in model.info.generation_defaults:

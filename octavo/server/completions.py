@@ -22,7 +22,7 @@ from octavo.server.chat import new_id, warning_headers
 from octavo.server.chat_plan import INLINE_CHARACTERS, truncated
 from octavo.server.logprobs import CompletionLogprobs, TokenNames, joined, prompt_logprobs
 from octavo.server.protocol.completions import CompletionRequest
-from octavo.server.protocol.generation import make_params, prediction_text
+from octavo.server.protocol.generation import make_params
 from octavo.server.state import ServedModel, ServerState, need_tokenizer
 from octavo.server.streaming import (
     DONE,
@@ -31,6 +31,7 @@ from octavo.server.streaming import (
     EventStream,
     OutputReader,
     check_answer,
+    chunk_frame,
     json_response,
     unless_gone,
 )
@@ -98,11 +99,7 @@ def make_plan(state: ServerState, request: CompletionRequest) -> CompletionPlan:
     form = request.structured(settings)
     if form is not None:
         given["structured_outputs"] = form
-    if request.prediction is not None:
-        if model.info.speculative_method is None:
-            warnings.append("prediction: not used, since the engine runs without speculative decoding")
-        else:
-            given["prediction"] = prediction_text(request.prediction) or None
+    given |= request.prediction_kwargs(model.info.speculative_method, warnings)
     params = make_params(given, model.info.generation_defaults)
     hidden: frozenset[int] = frozenset()
     if params.skip_special_tokens and model.tokenizer is not None:
@@ -201,15 +198,9 @@ class CompletionAnswer:
     async def stream(self, reader: OutputReader) -> AsyncGenerator[bytes, None]:
         """The events of a stream, several in one where they come together."""
         request = self._plan.request
-        head = {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._plan.model.name,
-            "system_fingerprint": None,
-        }
-        begin = "data: " + json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":['
-        end = ',"usage":null}\n\n' if request.includes_usage else "}\n\n"
+        begin, end = chunk_frame(
+            self.id, "text_completion", self._created, self._plan.model.name, request.includes_usage
+        )
         is_plain = not (request.echo or request.return_token_ids or request.prompt_logprobs is not None)
         is_plain = is_plain and request.logprobs is None and not request.only_prompt
         async for item in reader.stream():

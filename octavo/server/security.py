@@ -56,9 +56,6 @@ class KeyRing:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in dict.fromkeys(key.encode() for key in keys)]
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
     def __len__(self) -> int:
         return len(self._digests)
 

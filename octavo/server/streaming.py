@@ -30,6 +30,13 @@ DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
+def chunk_frame(answer_id: str, kind: str, created: int, model: str, includes_usage: bool) -> tuple[str, str]:
+    """What stands in every chunk of a stream before and behind its choices."""
+    head = {"id": answer_id, "object": kind, "created": created, "model": model, "system_fingerprint": None}
+    begin = "data: " + json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":['
+    return begin, ',"usage":null}\n\n' if includes_usage else "}\n\n"
+
+
 class ClientGone(Exception):
     """The client disconnected: nobody reads the answer."""
 

@@ -115,18 +115,7 @@ class DraftModel:
         """Seconds of a pass with so many rows that read no KV. Waits for the device."""
         device = self._network.device
         ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        padding = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-        metadata = AttentionMetadata(
-            query_start_loc=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
-            seq_lens=torch.zeros(1, dtype=torch.int32, device=device),
-            block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
-            slot_mapping=padding,
-            positions=padding,
-            num_reqs=1,
-            num_tokens=num_rows,
-            max_query_len=1,  # as in drafting
-            max_seq_len=0,
-        )
+        metadata = AttentionMetadata.of_padding(num_rows, 1, device)  # a row a request, as in drafting
         # A GPU gets some passes at once, so that it never waits for the host's launches.
         repeats = 1 if device.type == "cpu" else 4
         context = ForwardContext(metadata, self._kv_caches)
@@ -135,7 +124,7 @@ class DraftModel:
         started = time.perf_counter()
         with torch.inference_mode():
             for _ in range(repeats):
-                self._network.logits(self._network.forward(ids, padding, context))
+                self._network.logits(self._network.forward(ids, metadata.positions, context))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / repeats

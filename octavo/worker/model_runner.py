@@ -178,18 +178,8 @@ class ModelRunner:
         """Seconds of a forward pass and its logits for this many rows, with no KV to read."""
         device = self.state.device
         ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        padding = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-        metadata = AttentionMetadata(
-            query_start_loc=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
-            seq_lens=torch.zeros(1, dtype=torch.int32, device=device),
-            block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
-            slot_mapping=padding,
-            positions=padding,
-            num_reqs=1,
-            num_tokens=num_rows,
-            max_query_len=min(num_rows, SHORT_ROWS),  # rows of a verify, not of a chunk
-            max_seq_len=0,
-        )
+        longest = min(num_rows, SHORT_ROWS)  # rows of a verify, not of a chunk
+        metadata = AttentionMetadata.of_padding(num_rows, longest, device)
         # A GPU gets some passes at once, so that it never waits for the host's launches.
         repeats = 1 if device.type == "cpu" else 4
         started = Mark(device)

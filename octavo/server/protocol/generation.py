@@ -203,14 +203,22 @@ class GenerationRequest(ApiRequest):
             given["best_of"] = self.best_of
         return {name: value for name, value in given.items() if value is not None}
 
+    def prediction_kwargs(self, speculative_method: str | None, warnings: list[str]) -> dict[str, Any]:
+        """The prediction in SamplingParams' form. Where nothing drafts it is left out, and warned about."""
+        if self.prediction is None:
+            return {}
+        if speculative_method is None:
+            warnings.append("prediction: not used, since the engine runs without speculative decoding")
+            return {}
+        return {"prediction": _text_of(self.prediction) or None}
+
 
 def make_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
     """SamplingParams of what was given, the rest from the model's generation_config. Raises RequestError."""
     return SamplingParams(**given).with_defaults(defaults)
 
 
-def prediction_text(prediction: Prediction) -> str:
-    """The text of a prediction."""
+def _text_of(prediction: Prediction) -> str:
     if isinstance(prediction.content, str):
         return prediction.content
     texts = []
