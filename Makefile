@@ -31,7 +31,8 @@ demo:
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow"
 
-test-full: setup
+test-full:
+	@$(PYTHON) scripts/setup_env.py full
 	$(TEST_ENV) $(BIN)/python -m pytest -q
 
 lint: setup

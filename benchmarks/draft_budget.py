@@ -59,6 +59,7 @@ def measure(batch: int, steps: int, acceptance: float, model: bool, flat_rows: i
             rows=rows,
             kv_tokens=500 * batch,
             chunk_rows=0,
+            num_verify=batch,
             target_seconds=machine_seconds(rows) * rng.lognormvariate(0.0, 0.03),
             draft_seconds=plan.passes * machine_seconds(batch) / 6,
             states=states,

@@ -73,7 +73,7 @@ class _Watched:
         return getattr(self._executor, name)
 
 
-def _conditional(rates: Sequence[float]) -> list[float]:
+def conditional(rates: Sequence[float]) -> list[float]:
     """The chance that a draft is accepted if all before it were."""
     return [rate / before for rate, before in zip(rates, (1.0, *rates), strict=False)]
 
@@ -105,7 +105,7 @@ class Scenarios:
         if draft is not None:
             settings["speculative"] = {
                 "method": "draft_model", "model": str(model_folder(draft, parent)),
-                "num_speculative_tokens": drafts, "synthetic_acceptance_rates": _conditional(ACCEPTANCE),
+                "num_speculative_tokens": drafts, "synthetic_acceptance_rates": conditional(ACCEPTANCE),
             }  # fmt: skip
         self.llm = LLM(model=str(model_folder(model, parent)), **settings)
         engine: Any = self.llm._parts.engine  # type: ignore[union-attr]

@@ -2,10 +2,13 @@
 
     python -m benchmarks.profile_step --model qwen3-0.6b --batch 1 16 64
     python -m benchmarks.profile_step --model qwen3-8b --batch --prompts 16x512 2x4000
+    python -m benchmarks.profile_step --model qwen3-8b --draft qwen3-0.6b --drafts 5
 
 Random weights, greedy, every request with the same context. For each batch one line of times in
 milliseconds a step, then a table of kernels. A kernel's limit is the bytes it must read over the
-measured read bandwidth.
+measured read bandwidth. Programmatic dependents overlap, so kernels add up to more than the step takes;
+`idle` is the time in which none runs. With a draft model a step is a round: what the target takes, the
+first pass (which catches up too) and the other passes stand in the line.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -25,9 +28,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import OPTIONS
+from benchmarks.gpu import OPTIONS, conditional
 from benchmarks.gpu_limits import Ceilings, measure_ceilings
-from benchmarks.gpu_workloads import MODELS, model_folder
+from benchmarks.gpu_workloads import ACCEPTANCE, MODELS, model_folder
 
 
 def kernel_bytes(config: dict[str, Any], batch: int, context: int) -> dict[str, float]:
@@ -49,17 +52,26 @@ def kernel_bytes(config: dict[str, Any], batch: int, context: int) -> dict[str, 
 class Steps:
     """Decode steps of one engine, with the times the host spends and waits."""
 
-    def __init__(self, llm: Any, batch: int, context: int, count: int) -> None:
+    def __init__(self, llm: Any, batch: int, context: int, count: int, longest: int = 1) -> None:
+        """`longest`: the most tokens a request gets in a step."""
         from octavo import SamplingParams
         from octavo.worker.device_time import Readback
 
         self.engine = llm._parts.engine
-        params = SamplingParams(max_tokens=count + 40, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=(count + 40) * longest, temperature=0.0, ignore_eos=True)
         source = torch.Generator().manual_seed(batch)
         for index in range(batch):
             prompt = torch.randint(0, 150_000, (context,), generator=source).tolist()
             self.engine.add_request(f"{batch}-{index}", {"prompt_token_ids": prompt}, params)
         self.waited = 0.0
+        self.outputs: list[Any] = []
+        collect = self.engine.executor.collect
+
+        def noted() -> Any:
+            self.outputs.append(collect())
+            return self.outputs[-1]
+
+        self.engine.executor.collect = noted
         wait = Readback.wait
 
         def timed(readback: Any) -> Any:
@@ -69,7 +81,12 @@ class Steps:
             return tensors
 
         Readback.wait = timed  # type: ignore[method-assign, assignment]
-        self._restore = lambda: setattr(Readback, "wait", wait)
+
+        def restore() -> None:
+            Readback.wait = wait  # type: ignore[method-assign]
+            self.engine.executor.collect = collect
+
+        self._restore = restore
         scheduler = self.engine.scheduler
         while scheduler.num_running != batch or any(r.num_tokens <= context for r in scheduler.running):
             self.engine.step()
@@ -78,6 +95,7 @@ class Steps:
     def run(self, count: int) -> dict[str, float]:
         """Median milliseconds of so many steps."""
         walls, hosts = [], []
+        self.outputs.clear()
         for _ in range(count):
             self.waited = 0.0
             started = time.perf_counter()
@@ -85,7 +103,17 @@ class Steps:
             wall = time.perf_counter() - started
             walls.append(wall * 1e3)
             hosts.append((wall - self.waited) * 1e3)
-        return {"wall_ms": median(walls), "host_ms": median(hosts)}
+        times = {"wall_ms": median(walls), "host_ms": median(hosts)}
+        times["target_ms"] = median(output.target_seconds for output in self.outputs) * 1e3
+        passes = [(o.draft_passes, o.draft_seconds) for o in self.outputs if o.draft_passes is not None]
+        if passes:
+            times["passes"] = median(len(taken.rows) for taken, _ in passes)
+            times["first_rows"] = median(taken.rows[0] for taken, _ in passes)
+            times["first_pass_ms"] = median(taken.first_seconds for taken, _ in passes) * 1e3
+            times["drafts_ms"] = median(seconds for _, seconds in passes) * 1e3
+            emitted = sum(len(row) for output in self.outputs for row in output.tokens)
+            times["tokens"] = emitted / len(self.outputs)
+        return times
 
     def close(self) -> None:
         """End the requests."""
@@ -111,15 +139,22 @@ def profile(steps: Steps, count: int, config: dict[str, Any], batch: int, contex
 def show(profiler: Any, count: int, limits: dict[str, float]) -> None:
     """A table of kernels; `count` steps were recorded."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    spans: list[tuple[float, float]] = []
     for event in profiler.events() or []:
         if event.device_type.name == "CUDA":
             totals[event.name][0] += 1 / count
             totals[event.name][1] += event.device_time / 1e3 / count
+            spans.append((event.time_range.start, event.time_range.end))
+    idle, until = 0.0, min((start for start, _ in spans), default=0.0)
+    for start, end in sorted(spans):
+        idle += max(0.0, start - until)
+        until = max(until, end)
     print(f"  {'kernel':52} {'a step':>7} {'ms':>8} {'limit':>7}")
     for name, (number, ms) in sorted(totals.items(), key=lambda item: -item[1][1])[:14]:
         limit = limits.get(name)
         print(f"  {name[:52]:52} {number:7.1f} {ms:8.4f} {'' if limit is None else f'{limit:7.3f}'}")
-    print(f"  {'together':52} {'':7} {sum(ms for _, ms in totals.values()):8.4f}", flush=True)
+    print(f"  {'together':52} {'':7} {sum(ms for _, ms in totals.values()):8.4f}")
+    print(f"  {'idle':52} {'':7} {idle / 1e3 / count:8.4f}", flush=True)
 
 
 def profile_prompts(llm: Any, number: int, length: int) -> None:
@@ -157,6 +192,8 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="*", default=[], metavar="NUMBERxLENGTH", help="a step of prompts")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--draft", choices=sorted(MODELS), help="speculate with this model")
+    parser.add_argument("--drafts", type=int, default=5, help="drafts a step")
     parser.add_argument("--host", action="store_true", help="print where the host's time goes")
     parser.add_argument("--read", type=float, default=None, help="bytes a second; default: measured")
     parser.add_argument("--option", nargs="*", default=[], metavar="NAME=JSON", help="options of the engine")
@@ -167,11 +204,18 @@ def main() -> None:
     options = {
         name: json.loads(value) for name, _, value in (text.partition("=") for text in arguments.option)
     }
-    config = MODELS[arguments.model]
+    config, longest = MODELS[arguments.model], 1
     with tempfile.TemporaryDirectory() as parent:
+        if arguments.draft is not None:
+            longest = 1 + arguments.drafts
+            options["speculative"] = {
+                "method": "draft_model", "model": str(model_folder(arguments.draft, Path(parent))),
+                "num_speculative_tokens": arguments.drafts,
+                "synthetic_acceptance_rates": conditional(ACCEPTANCE),
+            }  # fmt: skip
         llm = LLM(model=str(model_folder(arguments.model, Path(parent))), **{**OPTIONS, **options})
         for batch in arguments.batch:
-            steps = Steps(llm, batch, arguments.context, 2 * arguments.steps + 80)
+            steps = Steps(llm, batch, arguments.context, 2 * arguments.steps + 80, longest)
             times = steps.run(arguments.steps)
             context = arguments.context + arguments.steps
             print(

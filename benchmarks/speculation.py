@@ -9,47 +9,47 @@
               synthetic acceptance
     falling   as free; the acceptance falls from 0.9 to 0.1 midway
     copy      prompt lookup where the answer is in the prompt, against an engine without a drafter
-    chat      prompt lookup on free chat, against an engine without a drafter; also with a KV cache
-              so small that plain decoding preempts
+    chat      prompt lookup on free chat, against an engine without a drafter
+    small     the same with a KV cache so small that plain decoding preempts
 
-There are always `batch` requests at a time, and more of them than that: those that speculation helps
-most make room for others, as in a server. In the first three, one engine serves auto and every fixed K
-in turn, auto with a budget that has seen nothing yet. A first round finds the K that come near the best;
-these and auto are then repeated, in alternating order, and compared pair by pair. In the last two, the
-two engines take turns.
+There are `batch` requests at a time, of different lengths, and several times as many in all: those that
+speculation helps most make room for others, as in a server. Two engines do each piece of work, a quarter
+of a second each in turn (`benchmarks.paired`); the ratio of their tokens a second is taken pair by pair.
 
-Prints one JSON line a cell: medians, the lowest and the highest of the paired ratios, the share of the
-time that the scheduler and the draft budget themselves took, and how many cores anything else kept
-busy. Above 0.1 a cell is disturbed.
+In the first three both engines draft, one as the budget decides, the other a fixed number. A first round
+finds the K that come near the best; these are then paired with auto. The budget is made anew for every
+cell, with costs measured anew, and goes through one run before what is recorded; in `falling`, `copy`
+and `chat` it is made anew for every run.
+
+Prints one JSON line a cell: the median, lowest and highest of the paired ratios, the ratio while all
+places were taken (without the last requests, when the batch empties), the share of the time that the
+scheduler and the draft budget themselves took, and how many cores anything else kept busy. Above 0.1 a
+cell is disturbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.engines.job import ForeignCores
+from benchmarks.paired import Bench, Pairs, Run, engine
 from benchmarks.workloads import REWRITE, SENTENCES
 from octavo import LLM, SamplingParams, hub
 from octavo.attention.torch_backend import TorchBackend
-from octavo.core.draft_planner import BudgetPlanner
-from octavo.engine.setup import make_planner
 from octavo.layers.ops import TorchOps
 from octavo.models.config import ModelConfig
 from octavo.models.registry import build_model
+from octavo.speculation import cpu_lookup
 
 FIXED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 COSTLY_FIXED = (0, 1, 2, 3, 4, 6, 8)
@@ -63,114 +63,6 @@ SUBJECTS = (
     "a lighthouse", "bread", "volcanoes", "old maps", "chess", "the moon", "a violin", "bees", "glass",
     "rivers in winter", "a night train", "clocks", "salt", "wild horses", "snow", "a stone bridge",
 )  # fmt: skip
-
-
-@dataclass
-class Run:
-    """One piece of work, done once."""
-
-    tokens_s: float
-    foreign_cores: float | None
-    brain_share: float  # of the time: schedule, update
-    mean_drafts: float  # verified, a request and step
-    preemptions: int
-
-
-@dataclass
-class Bench:
-    """An engine, and clocks around its scheduler."""
-
-    llm: LLM
-    _brain: float = 0.0
-
-    def __post_init__(self) -> None:
-        parts: Any = self.llm._engine_parts()
-        self._parts = parts
-        scheduler = parts.engine.scheduler
-        for name in ("schedule", "update"):
-            setattr(scheduler, name, self._timed(getattr(scheduler, name)))
-
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            found = call(*arguments)
-            self._brain += time.perf_counter() - started
-            return found
-
-        return timed
-
-    @property
-    def planner(self) -> Any:
-        """The scheduler's."""
-        return self._parts.engine.scheduler.planner
-
-    def forget(self) -> None:
-        """A draft budget as after the start."""
-        config, scheduler = self._parts.config, self._parts.engine.scheduler
-        if isinstance(scheduler.planner, BudgetPlanner):
-            runner = self._parts.engine.executor.runner
-            scheduler.planner = make_planner(config, config.speculative, runner, self._parts.plan)
-
-    def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Run:
-        """Tokens a second over all of it."""
-        stats = self._parts.engine.scheduler.stats
-        preempted, self._brain = stats.num_preemptions, 0.0
-        with ForeignCores() as watch:
-            started = time.perf_counter()
-            outputs = self.llm.generate(list(prompts), list(params), use_tqdm=False)
-            seconds = time.perf_counter() - started
-        made = sum(len(output.outputs[0].token_ids) for output in outputs)
-        found = [o.metrics.speculation for o in outputs if o.metrics and o.metrics.speculation]
-        steps = sum(m.num_steps for m in found)
-        return Run(
-            made / seconds,
-            watch.cores,
-            self._brain / seconds,
-            sum(m.drafted for m in found) / steps if steps else 0.0,
-            stats.num_preemptions - preempted,
-        )
-
-
-@dataclass
-class Cell:
-    """Several ways to do the same work, in turn."""
-
-    ways: dict[str, Callable[[], Run]]
-    runs: dict[str, list[Run]] = field(default_factory=dict)
-
-    def once(self, names: Sequence[str]) -> None:
-        """Each of these ways once; every other time in reversed order."""
-        number = max((len(runs) for runs in self.runs.values()), default=0)
-        for name in names if number % 2 == 0 else reversed(names):
-            self.runs.setdefault(name, []).append(self.ways[name]())
-
-    def median(self, name: str) -> float:
-        """Tokens a second."""
-        return statistics.median(run.tokens_s for run in self.runs[name])
-
-    def record(self, mine: str, other: str, rounds: int) -> dict[str, Any]:
-        """The last `rounds` runs of two ways, compared pair by pair."""
-        pairs = list(zip(self.runs[mine][-rounds:], self.runs[other][-rounds:], strict=True))
-        ratios = sorted(a.tokens_s / b.tokens_s for a, b in pairs)
-        foreign = [run.foreign_cores for pair in pairs for run in pair if run.foreign_cores is not None]
-        return {
-            "ratio": round(statistics.median(ratios), 3),
-            "lowest": round(ratios[0], 3),
-            "highest": round(ratios[-1], 3),
-            "rounds": len(ratios),
-            "tokens_s": {name: round(self.median(name), 1) for name in self.runs},
-            "brain_share": round(statistics.median(a.brain_share for a, _ in pairs), 4),
-            "mean_drafts": round(statistics.median(a.mean_drafts for a, _ in pairs), 2),
-            "foreign_cores": round(statistics.median(foreign), 3) if foreign else None,
-        }
-
-
-@contextmanager
-def engine(model: Path, **options: Any) -> Iterator[Bench]:
-    """A running engine, shut down at the end."""
-    options = {"max_model_len": 1024, "max_num_seqs": 64, "kv_cache_memory": "768MB", **options}
-    with LLM(str(model), **options) as llm:
-        yield Bench(llm)
 
 
 class Texts:
@@ -225,55 +117,78 @@ def greedy(new_tokens: int, **more: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, **more)
 
 
+def lengths(count: int, mean: int) -> list[int]:
+    """Tokens of each request: from half of the mean to one and a half, in mixed order."""
+    return [mean // 2 + (mean * ((7 * index) % count)) // max(1, count - 1) for index in range(count)]
+
+
 def against_fixed(
-    bench: Bench, prompts: Sequence[Any], params: Callable[[int | str], list[SamplingParams]],
-    options: Any, counts: Sequence[int],
+    auto: Bench, other: Bench, prompts: Sequence[Any], params: Callable[[int | str], list[SamplingParams]],
+    options: Any, counts: Sequence[int], fresh: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Auto against every fixed number: all once, then auto and the nearest ones in turn."""
+    """Auto against every fixed number: these once, then auto paired with the nearest ones in turn."""
+    first = {count: other.run(prompts, params(count)).rate for count in counts}
+    near = sorted(counts, key=first.__getitem__)[-options.near :]
+    if 0 not in near:
+        near.append(0)
+    auto.forget()
+    cold = auto.run(prompts, params("auto")).rate
+    pairs = {count: Pairs() for count in near}
 
-    def way(count: int | str) -> Callable[[], Run]:
-        def run() -> Run:
-            bench.forget()
-            return bench.run(prompts, params(count))
+    def begin() -> Run:
+        if fresh:
+            auto.forget()
+        return auto.begin(prompts, params("auto"))
 
-        return run
-
-    cell = Cell({f"K={count}": way(count) for count in counts} | {"auto": way("auto")})
-    fixed = [f"K={count}" for count in counts]
-    cell.once([*fixed, "auto"])
-    near = sorted(fixed, key=cell.median)[-options.near :]
-    for _ in range(options.repeat):
-        cell.once(["auto", *near])
-    best = max(near, key=cell.median)
+    for number in range(options.repeat):
+        for count in near if number % 2 == 0 else reversed(near):
+            fixed = functools.partial(other.begin, prompts, params(count))
+            pairs[count].add((auto, begin), (other, fixed))
+    best = min(near, key=lambda count: pairs[count].ratio)
     return {
         "best": best,
-        **cell.record("auto", best, options.repeat),
-        "to_plain": round(cell.median("auto") / cell.median(f"K={counts[0]}"), 3),
+        **pairs[best].record(),
+        "to_each": {count: round(found.ratio, 3) for count, found in pairs.items()},
+        "first_round": {
+            **{str(count): round(rate, 1) for count, rate in first.items()},
+            "auto": round(cold, 1),
+        },
+        "budget": "fresh" if fresh else "kept",
     }
 
 
 def free(model: Path, options: Any, falling: bool = False) -> Iterator[dict[str, Any]]:
     """Predicted outputs that are wrong at a known rate."""
     vocab_size = ModelConfig.from_folder(model).vocab_size
+    # Greedy texts of a small model go in circles. A drafter that looks for its place in the prediction
+    # would find right tokens at another one, and the acceptance would not be what was asked for.
+    setattr(cpu_lookup, "MIN_MATCH", 1 << 30)  # noqa: B010
     for batch in options.batches:
-        with engine(model, max_num_seqs=batch, speculative={"method": "predicted"}) as bench:
-            new = options.new_tokens(batch)
-            prompts = Texts(bench.llm).plain(options.texts(batch))
-            first = greedy(new, num_speculative_tokens=0)
-            plain = [o.outputs[0].token_ids for o in bench.llm.generate(prompts, first, use_tqdm=False)]
+        kind: dict[str, Any] = {"max_num_seqs": batch, "speculative": {"method": "predicted"}}
+        with engine(model, **kind) as auto, engine(model, **kind) as other:
+            prompts = Texts(auto.llm).plain(options.texts(batch))
+            mean = options.falling_tokens if falling else options.new_tokens(batch)
+            work = lengths(len(prompts), mean)
+            first = [greedy(new, num_speculative_tokens=0) for new in work]
+            plain = [o.outputs[0].token_ids for o in auto.llm.generate(prompts, first, use_tqdm=False)]
             for acceptance in (0.9,) if falling else options.acceptances:
                 later = 0.1 if falling else acceptance
-                wrong = [1.0 - acceptance] * (new // 2) + [1.0 - later] * (new - new // 2)
-                predictions = [spoilt(text, wrong, vocab_size, seed) for seed, text in enumerate(plain)]
+                predictions = []
+                for seed, text in enumerate(plain):
+                    half = len(text) // 2
+                    wrong = [1.0 - acceptance] * half + [1.0 - later] * (len(text) - half)
+                    predictions.append(spoilt(text, wrong, vocab_size, seed))
 
-                def params(count: int | str, new: int = new, told: Any = predictions) -> list[SamplingParams]:
-                    return [greedy(new, num_speculative_tokens=count, prediction=text) for text in told]
+                def params(count: int | str, told: Any = predictions) -> list[SamplingParams]:
+                    return [greedy(len(text), num_speculative_tokens=count, prediction=text) for text in told]
 
                 yield {
                     "scenario": "falling" if falling else "free",
                     "batch": batch,
                     "acceptance": "0.9, then 0.1" if falling else acceptance,
-                    **against_fixed(bench, prompts, params, options, options.fixed or FIXED),
+                    **against_fixed(
+                        auto, other, prompts, params, options, options.fixed or FIXED, fresh=falling
+                    ),
                 }
 
 
@@ -299,14 +214,16 @@ def costly_cell(model: Path, draft: Path, batch: int, acceptance: float, options
         "synthetic_acceptance_rates": [acceptance],
         "draft_kv_share": 0.3,
     }
-    with engine(model, max_num_seqs=batch, speculative=speculative) as bench:
-        prompts, new = Texts(bench.llm).plain(options.texts(batch)), options.new_tokens(batch)
+    kind: dict[str, Any] = {"max_num_seqs": batch, "speculative": speculative}
+    with engine(model, **kind) as auto, engine(model, **kind) as other:
+        prompts = Texts(auto.llm).plain(options.texts(batch))
+        work = lengths(len(prompts), options.new_tokens(batch))
 
         def params(count: int | str) -> list[SamplingParams]:
-            return [greedy(new, num_speculative_tokens=count)] * len(prompts)
+            return [greedy(new, num_speculative_tokens=count) for new in work]
 
-        found = against_fixed(bench, prompts, params, options, options.fixed or COSTLY_FIXED)
-        budget = bench.planner.budget
+        found = against_fixed(auto, other, prompts, params, options, options.fixed or COSTLY_FIXED)
+        budget = auto.planner.budget
         return {
             "batch": batch,
             "acceptance": acceptance,
@@ -325,24 +242,23 @@ def against_plain(
         lookup = {"method": "prompt_lookup"}
         with engine(model, **kv) as plain, engine(model, speculative=lookup, **kv) as auto:
             prompts = make(Texts(plain.llm), options.texts(batch))
-            params = [greedy(options.new_tokens(batch))] * len(prompts)
+            params = [greedy(new) for new in lengths(len(prompts), options.new_tokens(batch))]
 
             def drafting(bench: Bench = auto, work: Any = prompts, params: Any = params) -> Run:
                 bench.forget()
-                return bench.run(work, params)
+                return bench.begin(work, params)
 
             def without(bench: Bench = plain, work: Any = prompts, params: Any = params) -> Run:
-                return bench.run(work, params)
+                return bench.begin(work, params)
 
-            cell = Cell({"plain": without, "auto": drafting})
-            for _ in range(1 + options.repeat):  # the first round fills the prefix caches
-                cell.once(["plain", "auto"])
-            preemptions = max(run.preemptions for run in cell.runs["plain"])
-            yield {
-                "batch": batch,
-                **cell.record("auto", "plain", options.repeat),
-                "preemptions": preemptions,
-            }
+            # One run of each fills the prefix caches.
+            plain.run(prompts, params)
+            auto.run(prompts, params)
+            pairs = Pairs()
+            for _ in range(options.repeat):
+                pairs.add((auto, drafting), (plain, without))
+            preemptions = max(run.preemptions for run in pairs.other)
+            yield {"batch": batch, **pairs.record(), "preemptions": preemptions}
 
 
 def copy(model: Path, options: Any) -> Iterator[dict[str, Any]]:
@@ -352,9 +268,13 @@ def copy(model: Path, options: Any) -> Iterator[dict[str, Any]]:
 
 
 def chat(model: Path, options: Any) -> Iterator[dict[str, Any]]:
-    """Nothing to copy; and the same where plain decoding has too little memory."""
+    """Nothing to copy."""
     for line in against_plain(model, Texts.chat, options):
         yield {"scenario": "chat", **line}
+
+
+def small(model: Path, options: Any) -> Iterator[dict[str, Any]]:
+    """The same where plain decoding has too little memory."""
     for line in against_plain(
         model, Texts.chat, options, kv_cache_memory=options.small_kv, max_model_len=512
     ):
@@ -390,7 +310,7 @@ def random_draft(folder: Path, target: Path) -> Path:
     return folder
 
 
-SCENARIOS = {"free": free, "costly": costly, "falling": falling, "copy": copy, "chat": chat}
+SCENARIOS = {"free": free, "costly": costly, "falling": falling, "copy": copy, "chat": chat, "small": small}
 
 
 def main() -> None:
@@ -402,11 +322,12 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--acceptances", type=lambda text: [float(n) for n in text.split(",")])
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--near", type=int, default=4, help="fixed numbers that are repeated with auto")
+    parser.add_argument("--near", type=int, default=3, help="fixed numbers that are repeated with auto")
     parser.add_argument("--fixed", type=lambda text: [int(n) for n in text.split(",")], help="only these K")
     parser.add_argument(
-        "--tokens", type=int, help="new tokens of each request (default: 128, in large batches 96)"
+        "--tokens", type=int, help="new tokens of a request in the mean (default: 96, in large batches 64)"
     )
+    parser.add_argument("--times", type=int, help="requests of a run, in batches (default: 3, alone 6)")
     parser.add_argument("--small-kv", default="40MB", help="KV cache of the chat that preempts")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny work: only shows that all runs")
@@ -416,13 +337,14 @@ def main() -> None:
         parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
     if options.quick:
         options.repeat, options.batches, options.tokens = 1, options.batches or [2], options.tokens or 8
-    options.texts = lambda batch: batch if options.quick else batch * max(2, 8 // batch)
-    options.new_tokens = lambda batch: options.tokens or (128 if batch < 16 else 96)
+    options.texts = lambda batch: batch if options.quick else batch * (options.times or max(3, 6 // batch))
+    options.new_tokens = lambda batch: options.tokens or (96 if batch < 64 else 64)
+    options.falling_tokens = options.tokens or 256  # both halves are long enough to be learned
     options.acceptances = options.acceptances or [0.2, 0.5, 0.8]
     model = hub.resolve(options.model)
     chosen_batches = options.batches
     for name in options.scenarios or list(SCENARIOS):
-        usual = {"copy": [1, 16], "chat": [1, 4, 16, 64], "falling": [1, 8]}
+        usual = {"copy": [1, 16], "chat": [1, 4, 16, 64], "small": [16], "falling": [1, 8]}
         options.batches = chosen_batches or usual.get(name, [1, 8, 64])
         for line in SCENARIOS[name](model, options):
             text = json.dumps(line)

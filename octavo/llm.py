@@ -18,8 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from octavo.config import EngineArgs
-from octavo.engine.engine import Engine, PreparedRequest, failed_output
+from octavo.engine.engine import Engine, failed_output
 from octavo.engine.inputs import PromptInput, prompt_list
+from octavo.engine.request_reader import PreparedRequest
 from octavo.engine.request_state import OutputKind
 from octavo.engine.setup import EngineParts, build_engine
 from octavo.errors import EngineDeadError, NotInThisVersionError, RequestError

@@ -154,6 +154,7 @@ class RequestMetrics:
     num_output_tokens: int = 0
     num_preemptions: int = 0
     speculation: SpeculationMetrics | None = None
+    energy_joules: float | None = None  # its part of the hardware's, once it has ended; None: not measured
 
     @property
     def queue_time(self) -> float | None:

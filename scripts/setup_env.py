@@ -3,6 +3,7 @@
 
     python3 scripts/setup_env.py demo    what `make demo` runs with: Octavo and the GGUF reader
     python3 scripts/setup_env.py dev     what the tests and the linters need as well
+    python3 scripts/setup_env.py full    and other people's clients, which `make test-full` drives
 
 Called by every make target. A stamp in `.venv` remembers what was installed from which project
 files, so that a call with nothing to do takes a moment. Needs nothing but Python's own library.
@@ -26,7 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = {"demo": "gguf", "dev": "dev"}
+EXTRAS = {"demo": "gguf", "dev": "dev", "full": "dev,clients"}
+# What is there once a purpose is installed: each needs all that the ones before it need.
+COVERS = {"demo": ("demo",), "dev": ("demo", "dev"), "full": ("demo", "dev", "full")}
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 3
 # Triton without a GPU only reads kernels; this is the version the tests were run with. A CUDA build
@@ -49,8 +52,7 @@ def main() -> None:
     install(purpose)
     for stale in VENV.glob(".octavo-*"):
         stale.unlink()
-    # Whatever the tests need includes what the demo needs.
-    for done in ("demo", "dev") if purpose == "dev" else ("demo",):
+    for done in COVERS[purpose]:
         stamp(done).write_text(wanted)
 
 
@@ -108,7 +110,7 @@ def install(purpose: str) -> None:
     say(f"torch: {build}")
     command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
     command += ["-c", str(CONSTRAINTS), *extra_index, "-e", f"{ROOT}[{EXTRAS[purpose]}]"]
-    if purpose == "dev" and sys.platform == "linux" and not has_nvidia_driver():
+    if purpose != "demo" and sys.platform == "linux" and not has_nvidia_driver():
         command.append(TRITON_ON_CPU)
     if subprocess.run(command, check=False).returncode != 0:
         sys.exit("setup: pip failed; its message is above")

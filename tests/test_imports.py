@@ -21,7 +21,8 @@ PACKAGE = ROOT / "octavo"
 BELOW: dict[str, set[str]] = {
     "cli": {"server", "batch", "bench", "llm"},
     "server": {"engine"},
-    "batch": {"llm"},
+    # An OpenAI batch file gets the server's own answers: the application without its port.
+    "batch": {"llm", "server"},
     "bench": {"llm"},
     "llm": {"engine"},
     "engine": {"core", "worker", "hub"},

@@ -136,3 +136,23 @@ def test_the_stamp_follows_the_project_files(
         file.write_text("second")
         prints.append(setup_env.fingerprint())
     assert len(set(prints)) == len(prints)
+
+
+def test_what_is_installed_for_one_purpose_serves_the_lesser_ones(
+    setup_env: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed: list[str] = []
+    monkeypatch.setattr(setup_env, "VENV", tmp_path)
+    monkeypatch.setattr(setup_env, "fingerprint", lambda: "print")
+    monkeypatch.setattr(setup_env, "install", installed.append)
+    (tmp_path / "bin").mkdir()
+    for name in ("pip", "octavo"):
+        (tmp_path / "bin" / name).touch()
+    for purpose in ("full", "dev", "demo"):
+        monkeypatch.setattr(sys, "argv", ["setup_env.py", purpose])
+        setup_env.main()
+    assert installed == ["full"]
+    (tmp_path / ".octavo-full").unlink()
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "full"])
+    setup_env.main()
+    assert installed == ["full", "full"]

@@ -14,6 +14,19 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPrefixes:
+    """Prefixes that several requests of a step share, for backends that read such a prefix once.
+
+    Each token row of a group sees the group's whole prefix. A tile holds a fixed number of token rows of
+    one group; how many is the backend's choice.
+    """
+
+    lengths: torch.Tensor  # [num_reqs] int32, tokens of the shared prefix of each request's group, or 0
+    rows: torch.Tensor  # [tiles * rows of a tile] int32, token rows; -1: none
+    tiles: torch.Tensor  # [tiles, 2] int32: a row of block_table that begins with the prefix, its tokens or 0
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """The ragged batch of one step. All tensors live on the model's device.
 
@@ -34,8 +47,10 @@ class AttentionMetadata:
     max_seq_len: int  # an upper bound; the host knows no better
     table_rows: torch.Tensor | None = None  # [num_reqs] int32, rows of block_table; None: 0, 1, 2 …
     min_query_len: int = 1  # no request has fewer rows, padding included
-    # (row of block_table, first token row, rows) of each chunk that the host knows to begin its request
-    whole_prompts: tuple[tuple[int, int, int], ...] = ()
+    # (row of block_table, first token row, rows, position of the first) of chunks that are worth a kernel of
+    # their own, where the host knows them: all of so many rows, or all of them that begin their request
+    long_chunks: tuple[tuple[int, int, int, int], ...] = ()
+    shared: SharedPrefixes | None = None
 
     @classmethod
     def of_padding(cls, num_rows: int, max_query_len: int, device: torch.device) -> AttentionMetadata:

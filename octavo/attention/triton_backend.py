@@ -45,7 +45,7 @@ class TritonBackend:
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """[num_tokens, num_heads * head_dim]"""
-        from octavo.kernels.triton import attention
+        from octavo.kernels.triton import attention, shared
         from octavo.kernels.triton.decoder import plans_of
 
         query = query.contiguous()
@@ -57,6 +57,10 @@ class TritonBackend:
                 metadata.num_tokens, metadata.max_seq_len, spec, max(len(plan.tiles) for plan in plans),
                 query.device,
             )  # fmt: skip
+        prefixes = None
+        if metadata.shared is not None:
+            prefixes = shared.SharedScratch.allocate(metadata.num_tokens, spec, query.device)
+            shared.attend(query, kv_cache, metadata, spec, prefixes)
         for plan in plans:
-            attention.attend(query, kv_cache, output, metadata, spec, plan, scratch)
+            attention.attend(query, kv_cache, output, metadata, spec, plan, scratch, prefixes=prefixes)
         return output.flatten(1)

@@ -36,12 +36,12 @@ VERBS = {
     "models": ("octavo.cli.models", "List what is supported and what is in the cache."),
     "env": ("octavo.cli.env", "Show what this machine has."),
     "plan": ("octavo.cli.plan", "Show whether a model fits here, and what speculation should bring."),
+    "bench": ("octavo.cli.bench", "Measure one engine: load, latency, throughput, start, saturation."),
+    "compare": ("octavo.cli.compare", "Run the same work through several engines; one report."),
+    "batch": ("octavo.cli.batch", "Offline jobs: OpenAI batch files, persona datasets."),
     "verify": ("octavo.cli.verify", "Prove that speculation and batching change no token."),
 }
 VERBS_TO_COME = {
-    "bench": "Measure one engine.",
-    "compare": "Run the same work through several engines.",
-    "batch": "Offline jobs.",
     "quantize": "Make 4-bit checkpoints.",
 }
 

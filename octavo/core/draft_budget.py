@@ -37,7 +37,7 @@ Plain Python, no tensors: `plan` when a step is built, `observe` when its output
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance, SharedAcceptance
 from octavo.core.cost_model import CostModel
@@ -48,12 +48,13 @@ from octavo.core.draft_in_force import (
     changed_alone,
     could_pay,
     count_worth,
+    load_changed,
     promise,
 )
+from octavo.core.draft_ledger import Ledger
 from octavo.core.draft_limits import CATCH_UP_ROWS, catch_up, draft_room, keep_limits, leave_out_blocked
 from octavo.core.draft_plan import BudgetReport, DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
-from octavo.core.draft_trials import Trials
-from octavo.core.messages import DraftPasses
+from octavo.core.draft_trials import Trials, next_probe
 
 __all__ = ["BudgetReport", "DraftBudget", "DraftPlan", "DraftPolicy", "DraftState", "StepFacts", "StepResult"]
 
@@ -61,7 +62,10 @@ _CATCH_UP_HORIZON = 128  # tokens over which a draft model's catch-up must pay o
 _PROMISE_DECAY = 0.995  # a step
 _PROMISE_WEIGHT = 20.0  # tokens for which promises are believed without proof
 _FOLDS = 8  # requests whose records are worked into their chances, a step
-_LATE = 1.3  # a step that takes longer than this times its expectation has met something else
+_HOPE = 32  # steps in which a request that was right without drafting is thought about often
+_NEW_STEPS = 64  # after the start, in which what was measured there is checked in every step
+_RESTS_A_LOOK = 4  # steps at rest, of which the last is observed
+_REST = 12  # steps without a plan, at most, where nobody drafts and nothing new was seen
 
 
 class DraftBudget:
@@ -92,9 +96,13 @@ class DraftBudget:
         self._trials = Trials(self.report)
         self._step = 0
         self._to_fold: deque[DraftState] = deque()
-        self._lookup_seconds = 2e-6  # a request
+        self._ledger = Ledger(target, draft, self.report)
         self._promised = self._kept = 0.0  # tokens, decayed
-        self._lost_seconds = 0.0  # what speculating steps took longer than plain ones, all together
+        self._news = 0  # grows with everything that could change a decision
+        self._hopeful_until = 0  # the step before which an undrafted request was right a moment ago
+        self._rest_until = 0  # the step that is planned again
+        self._rest_batch = 0
+        self._num_rested = 0  # steps that the ledger has not seen
 
     # ------------------------------------------------------------------ requests
 
@@ -111,7 +119,9 @@ class DraftBudget:
         if lookup is None and model is None:
             fixed = 0
         state = DraftState(request_id, self._acceptance(lookup), self._acceptance(model), fixed)
-        state.started = (self.report.seconds, self._lost_seconds)
+        self._ledger.open(state)
+        self._news += 1
+        self._rest_until = 0
         state.explored = self._step
         state.update_curves(self._reserves_rows)
         if fixed is None:
@@ -128,11 +138,16 @@ class DraftBudget:
 
     def net_speedup(self, state: DraftState) -> float:
         """The estimate for one request, over the device time since it was added."""
-        seconds = self.report.seconds - state.started[0]
-        lost = self._lost_seconds - state.started[1]
-        return 1.0 + (state.saved_seconds - lost) / seconds if seconds > 0.0 else 1.0
+        return self._ledger.net_speedup(state)
 
     # ------------------------------------------------------------------ plan
+
+    def rests(self, num_requests: int) -> bool:
+        """True if a step of so many requests, none of them new, gets no drafts and needs no plan."""
+        if self._step + 1 >= self._rest_until or load_changed(num_requests, self._rest_batch):
+            return False
+        self._step += 1
+        return True
 
     def plan(self, facts: StepFacts) -> DraftPlan:
         """The drafts to make at the end of this step, for each request that samples in it."""
@@ -144,7 +159,9 @@ class DraftBudget:
             self._note_blocked(facts)
         mixed = facts.chunk_rows > 0
         choice = self._choices[mixed]
-        if choice.is_due(len(states), facts.chunk_rows):
+        if self._step < max(self._hopeful_until, _NEW_STEPS):
+            self._news += 1
+        if choice.is_due(len(states), facts.chunk_rows, self._news):
             self._decide(choice, mixed, facts)
         plan = DraftPlan(states, gain=choice.gain)
         if self._trials.in_window(self._step, choice.gain, choice.plain_seconds, may_start=not mixed):
@@ -167,7 +184,21 @@ class DraftBudget:
         keep_limits(plan, facts, room, self.report)
         if self.draft is not None:
             plan.passes = _num_passes(plan, choice.passes)
+        self._consider_rest(plan, choice, mixed)
         return plan
+
+    def _consider_rest(self, plan: DraftPlan, choice: ChoiceInForce, mixed: bool) -> None:
+        """Nobody drafts: as long as nothing new is seen, the next plan will be for an exploration."""
+        self._rest_until = 0
+        if mixed or plan.counterfactual or self._to_fold or any(plan.num_drafts):
+            return
+        if any(state.chosen[0] for state in plan.states):
+            return  # a limit left none, and may leave some in the next step
+        self._rest_batch = len(plan.states)
+        attentive = self._step < max(self._hopeful_until, _NEW_STEPS)
+        self._rest_until = self._step + (_steps_between(len(plan.states)) if attentive else _REST)
+        if choice.could_pay:
+            self._rest_until = min(self._rest_until, self._trials.next_exploration)
 
     def _note_blocked(self, facts: StepFacts) -> None:
         """Whom the draft model cannot serve now, it promises nothing."""
@@ -182,6 +213,7 @@ class DraftBudget:
         batch = len(facts.states)
         choice.batch, choice.chunk_rows = batch, facts.chunk_rows
         choice.steps_left = _steps_between(batch) - 1
+        choice.news = self._news
         autos = [state for state in facts.states if state.fixed is None]
         economy = self._economy(facts, all_auto=len(autos) == batch)
         now = [state.chosen[mixed] for state in autos]
@@ -231,7 +263,7 @@ class DraftBudget:
             chunk_rows=facts.chunk_rows,
             max_rows=max(0, min(room, facts.kv_room)),
             pass_seconds=self._pass_seconds(facts.states, facts.kv_tokens),
-            drafting_seconds=self._lookup_seconds * batch,
+            drafting_seconds=self._ledger.lookup_seconds * batch,
             trust=min(1.0, (self._kept + _PROMISE_WEIGHT) / (self._promised + _PROMISE_WEIGHT)),
             fixed=fixed,
         )
@@ -247,16 +279,15 @@ class DraftBudget:
         rows = facts.chunk_rows + len(states) + sum(plan.num_drafts)
         without = target.seconds(rows, kv_tokens)
 
-        def cost_of(indices: list[int]) -> float:
-            """Of one draft for each of these; of the whole step for none."""
-            if not indices:
+        def cost_of(drafts: Mapping[int, int]) -> float:
+            if not drafts:
                 return without
-            cost = target.seconds(rows + len(indices), kv_tokens) - without
-            cost += self._lookup_seconds * len(indices)
-            if self.draft is not None and any(states[index].model is not None for index in indices):
-                if not any(plan.num_drafts):
-                    cost += self._pass_seconds(states, kv_tokens)
-                if facts.owed and (behind := sum(facts.owed[index] for index in indices)):
+            cost = target.seconds(rows + sum(drafts.values()), kv_tokens) - without
+            cost += self._ledger.lookup_seconds * len(drafts)
+            if self.draft is not None and any(states[index].model is not None for index in drafts):
+                passes = max(drafts.values()) - max(plan.num_drafts, default=0)
+                cost += max(0, passes) * self._pass_seconds(states, kv_tokens)
+                if facts.owed and (behind := sum(facts.owed[index] for index in drafts)):
                     cost += self.draft.seconds(behind)
             return cost
 
@@ -274,107 +305,30 @@ class DraftBudget:
 
     def observe(self, result: StepResult) -> None:
         """Learn from a step that was read: what it took, and what became of its drafts."""
-        report = self.report
-        report.num_steps += 1
-        speculated = any(result.asked)
-        seconds = self._observe_target(result, speculated) + self._observe_drafting(result)
-        report.seconds += seconds
-        self._trials.earn(seconds)
+        self._ledger.book(result, self._trials)
         self._promised *= _PROMISE_DECAY
         self._kept *= _PROMISE_DECAY
-        if not result.states:
-            return
-        self._share_drafting(result)
-        if speculated or (result.plan is not None and any(result.plan.num_drafts)):
-            plain = self._account(result, seconds)
-            if speculated:
-                report.num_speculating_steps += 1
-                self._record(result, plain)
+        if any(result.asked):
+            self._record(result)
         if self._to_fold:
             self._fold(_FOLDS)
 
-    def _observe_target(self, result: StepResult, speculated: bool) -> float:
-        """Correct the cost model. Returns the seconds, without what was nobody's fault."""
-        rows, kv_tokens, seconds = result.rows, result.kv_tokens, result.target_seconds
-        wanted = self.target.seconds(rows, kv_tokens)
-        if seconds <= 0.0:  # not measured
-            return wanted
-        is_plain = not speculated and not result.chunk_rows and bool(result.states)
-        in_window = is_plain and self._trials.was_window()
-        if in_window:
-            error = abs(self.target.surprise(rows, kv_tokens, seconds))
-            self.report.window_error += 0.1 * (error - self.report.window_error)
-        self.target.observe(rows, kv_tokens, seconds, deliberate=in_window)
-        return min(seconds, _LATE * wanted)
+    def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None:
+        """A plain step at rest was read. One of a few is looked at, and stands for all of them."""
+        self._num_rested += 1
+        if self._num_rested >= _RESTS_A_LOOK or self.report.num_steps < _NEW_STEPS:
+            self._ledger.book_rest(num_requests, kv_tokens, target_seconds, self._num_rested, self._trials)
+            self._promised *= _PROMISE_DECAY**self._num_rested
+            self._kept *= _PROMISE_DECAY**self._num_rested
+            self._num_rested = 0
 
-    def _observe_drafting(self, result: StepResult) -> float:
-        """The same for the drafts made at the end of the step."""
-        plan, seconds = result.plan, result.draft_seconds
-        if plan is None or seconds <= 0.0:
-            return 0.0
-        if result.passes is not None and self.draft is not None:
-            return self._observe_passes(result, result.passes, self.draft)
-        if plan.passes and self.draft is not None:
-            if plan.catch_up:  # how long the passes alone took is not known
-                return seconds
-            batch = sum(1 for state in plan.states if state.model is not None)
-            kv_tokens = result.kv_tokens * batch // max(1, len(plan.states))
-            wanted = plan.passes * self.draft.seconds(batch, kv_tokens)
-            self.draft.observe(batch, kv_tokens, seconds / plan.passes)
-            return min(seconds, _LATE * wanted)
-        drafting = sum(1 for count in plan.num_drafts if count)
-        if not drafting:
-            return 0.0
-        self._lookup_seconds *= 1.1 if seconds > drafting * self._lookup_seconds else 1.0 / 1.1
-        return min(seconds, _LATE * drafting * self._lookup_seconds)
-
-    def _observe_passes(self, result: StepResult, passes: DraftPasses, draft: CostModel) -> float:
-        """The draft model said what it ran: the first pass may have caught up, the others are alike."""
-        seconds, rows = result.draft_seconds, list(passes.rows)
-        wanted = 0.0
-        for count in rows:
-            wanted += draft.seconds(count, result.kv_tokens)
-        if passes.first_seconds > 0.0:
-            draft.observe(rows.pop(0), result.kv_tokens, passes.first_seconds)
-            seconds -= passes.first_seconds
-        if rows:
-            draft.observe(round(sum(rows) / len(rows)), result.kv_tokens, seconds / len(rows))
-        return min(result.draft_seconds, _LATE * wanted)
-
-    def _share_drafting(self, result: StepResult) -> None:
-        """The drafts at the end of this step: who they were made for."""
-        plan = result.plan
-        total = sum(plan.num_drafts) if plan is not None else 0
-        if plan is None or not total or result.draft_seconds <= 0.0:
-            return
-        self.report.draft_seconds += result.draft_seconds
-        share = result.draft_seconds / total
-        for state, count in zip(plan.states, plan.num_drafts, strict=True):
-            state.draft_seconds += share * count
-
-    def _account(self, result: StepResult, seconds: float) -> float:
-        """What this step saved, compared with plain steps at the same load, whose time is returned."""
-        batch, kv_tokens = len(result.states), result.kv_tokens
-        plain = self.target.seconds(batch, kv_tokens)
-        longer = seconds - plain
-        if result.chunk_rows:
-            longer = seconds - self.target.seconds(batch + result.chunk_rows, kv_tokens)
-        self._lost_seconds += longer
-        self.report.saved_seconds += plain * sum(result.accepted) / batch - longer
-        return plain
-
-    def _record(self, result: StepResult, plain_seconds: float) -> None:
-        fold_after, from_model = _steps_between(len(result.states)), result.from_model
+    def _record(self, result: StepResult) -> None:
+        fold_after, from_model = _steps_between(result.num_verify), result.from_model
         promised = kept = 0.0
-        row_seconds = result.target_seconds / result.rows
         columns = zip(result.states, result.asked, result.drafted, result.accepted, strict=True)
         for index, (state, asked, drafted, accepted) in enumerate(columns):
             if not asked:
                 continue
-            state.saved_seconds += accepted * plain_seconds
-            verifying = (1 + asked) * row_seconds
-            state.verify_seconds += verifying
-            self.report.verify_seconds += verifying
             if state.promised:
                 promised += state.promised
                 kept += accepted
@@ -390,8 +344,11 @@ class DraftBudget:
             if state.queued:
                 continue
             idle = not any(state.chosen)
-            if idle and accepted:
-                state.explored = -1  # the text may have changed: look again soon
+            if idle:
+                state.probe = next_probe(result.asked[index], accepted)
+                if accepted:
+                    state.explored = -1  # the text may have changed: look again soon
+                    self._hopeful_until = self._step + _HOPE
             if idle or source.num_pending >= fold_after or source.num_pending > source.num_folds:
                 state.queued = True
                 self._to_fold.append(state)
@@ -400,6 +357,8 @@ class DraftBudget:
 
     def _fold(self, most: int) -> None:
         """The arithmetic of the records, for a few requests a step."""
+        self._news += 1
+        self._rest_until = 0
         folded: list[DraftState] = []
         while self._to_fold and len(folded) < most:
             state = self._to_fold.popleft()

@@ -15,6 +15,7 @@ from octavo.core.draft_choice import Economy, expected
 from octavo.core.draft_plan import DraftState
 
 MIN_GAIN = 1.03  # what a change must promise
+_UNLEARNED_STEPS = 8  # after which a choice is looked at again though nothing was learned
 
 
 @dataclass(slots=True)
@@ -31,13 +32,24 @@ class ChoiceInForce:
     batch: int = 0
     chunk_rows: int = 0
     steps_left: int = 0  # to the next decision
+    news: int = -1  # what the budget had learned by then
 
-    def is_due(self, batch: int, chunk_rows: int) -> bool:
-        """True if it is time for a decision, or the load is not what the last one was made for."""
+    def is_due(self, batch: int, chunk_rows: int, news: int) -> bool:
+        """True if it is time for a decision, or the load is not what the last one was made for.
+
+        Where nothing was learned since, only the machine can have changed, and that is looked at seldom.
+        """
         self.steps_left -= 1
-        if self.steps_left < 0 or abs(batch - self.batch) * 4 > self.batch:
+        if load_changed(batch, self.batch):
+            return True
+        if self.steps_left < 0 and (news != self.news or self.steps_left < -_UNLEARNED_STEPS):
             return True
         return chunk_rows > 2 * self.chunk_rows or 2 * chunk_rows < self.chunk_rows
+
+
+def load_changed(batch: int, before: int) -> bool:
+    """True if a choice made for `before` requests says little about so many."""
+    return abs(batch - before) * 4 > before
 
 
 def promise(states: Sequence[DraftState], counts: Sequence[int], passes: int) -> tuple[float, float]:

@@ -30,7 +30,7 @@ class DraftState:
     """
 
     __slots__ = ("blocked", "chosen", "draft_seconds", "explored", "fixed", "free", "lookup", "model",
-                 "num_cut", "passed", "promised", "queued", "request_id", "saved_seconds",
+                 "num_cut", "passed", "probe", "promised", "queued", "request_id", "saved_seconds",
                  "started", "verify_seconds")  # fmt: skip
 
     def __init__(
@@ -56,7 +56,8 @@ class DraftState:
         self.draft_seconds = 0.0  # its part of the time in which drafts were made, by their number
         self.verify_seconds = 0.0  # its part of the steps that verified drafts of it, by rows
         self.saved_seconds = 0.0  # by its accepted drafts; what the steps took longer is not in here
-        self.explored = 0  # the step of the last exploration
+        self.explored = 0  # the step of the last exploration; -1: its drafts were right
+        self.probe = 1  # drafts of the next one
         self.started = (0.0, 0.0)  # the budget's clocks when it was added
 
     @property
@@ -151,15 +152,17 @@ class DraftPlan:
 class StepResult:
     """What a step that was read tells the budget. Sequences are parallel to `states`.
 
-    `states` are the requests with verify rows. `asked` are the drafts planned for this step and
-    not cut by the scheduler, `drafted` those really made, `accepted` those accepted. For a request
-    that ended in this step, asked = accepted: the drafts behind its end were not refused.
+    `states` are the requests that verified drafts; `num_verify` counts the others too. `asked` are the
+    drafts planned for this step and not cut by the scheduler, `drafted` those really made, `accepted`
+    those accepted. For a request that ended in this step, asked = accepted: the drafts behind its end
+    were not refused.
     """
 
     plan: DraftPlan | None  # of the drafts made at the end of this very step
     rows: int
     kv_tokens: int
     chunk_rows: int
+    num_verify: int  # requests with verify rows
     target_seconds: float
     draft_seconds: float
     states: Sequence[DraftState]
@@ -172,7 +175,10 @@ class StepResult:
 
 
 class DraftPolicy(Protocol):
-    """The seam of the scheduler: one `plan` a step that samples, one `observe` a step that was read."""
+    """The seam of the scheduler: one `plan` a step that samples, one `observe` a step that was read.
+
+    A step may go without a plan where `rests` says so; it is told by `observe_rest` (see DraftPlanner).
+    """
 
     def add(
         self,
@@ -183,9 +189,13 @@ class DraftPolicy(Protocol):
         fixed: int | None = None,
     ) -> DraftState: ...
 
+    def rests(self, num_requests: int) -> bool: ...
+
     def plan(self, facts: StepFacts) -> DraftPlan: ...
 
     def observe(self, result: StepResult) -> None: ...
+
+    def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None: ...
 
 
 @dataclass(slots=True)

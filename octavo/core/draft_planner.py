@@ -53,11 +53,12 @@ class SpeculationAccount:
 
 @dataclass(slots=True)
 class ReadStep:
-    """What a step that was read brought. Sequences are parallel to `requests`, those with verify rows."""
+    """What a step that was read brought. Sequences are parallel to `requests`, those with drafts."""
 
     plan: object | None  # what `plan` returned beside the numbers when this step was built
     num_rows: int
     chunk_rows: int
+    num_verify: int  # requests with verify rows, with and without drafts
     kv_tokens: int
     target_seconds: float
     draft_seconds: float
@@ -72,12 +73,21 @@ class ReadStep:
 class DraftPlanner(Protocol):
     """The scheduler's view of whoever decides about drafts."""
 
+    def rests(self, num_requests: int) -> bool:
+        """True if this step gets no drafts whatever there is to say of it, so that `plan` need not be
+        asked: provided that so many requests sample in it, and none for the first time."""
+        ...
+
     def plan(self, step: PlannedStep) -> PlannedDrafts:
         """Drafts to make at the end of the step for each of its requests."""
         ...
 
     def observe(self, step: ReadStep) -> None:
         """A step was read, in order."""
+        ...
+
+    def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None:
+        """The same of a step with one row a request that was not planned, and verified no drafts."""
         ...
 
     def reason(self, plan: object | None, index: int) -> tuple[int, str]:
@@ -95,6 +105,10 @@ class EachRequest:
     def __init__(self, num_drafts: Callable[[Request], int]) -> None:
         self._num_drafts = num_drafts
 
+    def rests(self, num_requests: int) -> bool:
+        """See DraftPlanner."""
+        return False
+
     def plan(self, step: PlannedStep) -> PlannedDrafts:
         """See DraftPlanner."""
         counts = [min(self._num_drafts(r), room) for r, room in zip(step.requests, step.rooms, strict=True)]
@@ -108,6 +122,9 @@ class EachRequest:
         return PlannedDrafts(counts, counts, max(counts, default=0), catch_up)
 
     def observe(self, step: ReadStep) -> None:
+        """Learns nothing."""
+
+    def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None:
         """Learns nothing."""
 
     def reason(self, plan: object | None, index: int) -> tuple[int, str]:
@@ -141,6 +158,10 @@ class BudgetPlanner:
         self._model = model
         self._fixed = fixed
 
+    def rests(self, num_requests: int) -> bool:
+        """See DraftPlanner."""
+        return self.budget.rests(num_requests)
+
     def plan(self, step: PlannedStep) -> PlannedDrafts:
         """See DraftPlanner."""
         states = [r.draft_state or self._add(r) for r in step.requests]
@@ -168,6 +189,7 @@ class BudgetPlanner:
                 step.num_rows,
                 step.kv_tokens,
                 step.chunk_rows,
+                step.num_verify,
                 step.target_seconds,
                 step.draft_seconds,
                 [r.draft_state or self._add(r) for r in step.requests],
@@ -178,6 +200,10 @@ class BudgetPlanner:
                 step.passes,
             )
         )
+
+    def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None:
+        """See DraftPlanner."""
+        self.budget.observe_rest(num_requests, kv_tokens, target_seconds)
 
     def reason(self, plan: object | None, index: int) -> tuple[int, str]:
         """See DraftPlanner."""

@@ -1,4 +1,4 @@
-"""What may be given away to learn: one draft for the undrafted, a few plain steps for the drafted.
+"""What may be given away to learn: a few drafts for the undrafted, a few plain steps for the drafted.
 
 Both are paid from one allowance, a small part of the device time so far, before they are made. The
 cost of an exploration is what its rows and its draft pass add to the step. The cost of a window of
@@ -8,7 +8,7 @@ plain steps is the time that drafting would have saved in it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from octavo.core.draft_plan import BudgetReport, DraftPlan, StepFacts
 
@@ -16,7 +16,13 @@ ALLOWANCE = 0.005  # of device time
 _WINDOW_STEPS = 4
 _WINDOW_DISTANCE = 100  # steps from one window to the next, at least
 _EXPLORE_TOGETHER = 8  # requests that share a step, and a draft pass, of exploration
+_MOST_PROBED = 8  # drafts of one request in an exploration
 _EXPLORE_DISTANCE = 4  # steps between two explorations of one request, at least
+
+
+def next_probe(asked: int, accepted: int) -> int:
+    """How many drafts the next exploration of a request makes, after one of `asked`."""
+    return min(_MOST_PROBED, 2 * asked) if accepted >= asked else max(1, accepted)
 
 
 class Trials:
@@ -25,7 +31,7 @@ class Trials:
     def __init__(self, report: BudgetReport) -> None:
         self._report = report
         self._seconds = 0.0
-        self._next_exploration = 0
+        self.next_exploration = 0  # the step that may have the next one
         self._next_window = _WINDOW_DISTANCE
         self._window_left = 0
         self._window_unread = 0
@@ -71,10 +77,15 @@ class Trials:
     # ------------------------------------------------------------------ exploration
 
     def explore(
-        self, step: int, plan: DraftPlan, facts: StepFacts, cost_of: Callable[[list[int]], float]
+        self, step: int, plan: DraftPlan, facts: StepFacts, cost_of: Callable[[Mapping[int, int]], float]
     ) -> None:
-        """One draft for the requests without drafts that have waited longest, if it can be paid."""
-        if step < self._next_exploration:
+        """A draft for the requests without drafts that have waited longest, if it can be paid.
+
+        Those whose last ones were right go first and get more: one draft at a time would take long to
+        show that a text has become easy, and what it showed would be forgotten meanwhile. `cost_of`
+        says what so many drafts for each of these requests take, and of none, the whole step.
+        """
+        if step < self.next_exploration:
             return
         states = facts.states
         before = step - _EXPLORE_DISTANCE
@@ -88,14 +99,15 @@ class Trials:
         chosen = [index for since, index in idle if since < 0]  # those whose last draft was right
         if not chosen:
             chosen = [index for _, index in heapq.nsmallest(_EXPLORE_TOGETHER, idle)]
-        cost = cost_of(chosen)
+        drafts = {index: states[index].probe for index in chosen}
+        cost = cost_of(drafts)
         if not self._pay(cost):
             # Not before the allowance can have grown that far: half of that, as times vary.
-            per_step = ALLOWANCE * cost_of([])
-            self._next_exploration = step + 1 + int((cost - self._seconds) / per_step / 2)
+            per_step = ALLOWANCE * cost_of({})
+            self.next_exploration = step + 1 + int((cost - self._seconds) / per_step / 2)
             return
         self._report.num_explored += len(chosen)
-        for index in chosen:
-            plan.num_drafts[index] = 1
+        for index, count in drafts.items():
+            plan.num_drafts[index] = count
             states[index].explored = step
         plan.explored = tuple(chosen)

@@ -13,22 +13,21 @@ still hold it is a *zombie*: its slot and blocks are released when the last of t
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.admission import Room, WaitingQueue
 from octavo.core.block_pool import Block
-from octavo.core.draft_kv import DraftBlocks, DraftKV
-from octavo.core.draft_planner import DraftPlanner, PlannedStep, ReadStep
+from octavo.core.draft_kv import DraftKV
+from octavo.core.draft_planner import DraftPlanner
 from octavo.core.kv_cache_manager import KVCacheManager
+from octavo.core.launched_step import LaunchedStep, assert_inflight
 from octavo.core.messages import (
     Finish,
     ModelOutput,
     NewSlot,
     PromptLogprobs,
-    Propose,
     RowKind,
     Rows,
     SchedulerOutput,
@@ -36,8 +35,7 @@ from octavo.core.messages import (
     TokenLogprobs,
 )
 from octavo.core.request import FinishReason, Request, Status
-
-STEPS_BETWEEN_LOOKS = 32  # at the prefix of a request that does not fit
+from octavo.core.step_drafts import propose, report
 
 
 @dataclass(slots=True)
@@ -65,39 +63,6 @@ class SchedulerStats:
     num_verify_rows: int = 0
 
 
-@dataclass(slots=True)
-class _LaunchedStep:
-    step_id: int
-    requests: list[Request] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)
-    kv_tokens: int = 0  # context of the requests that sample
-    plan: object | None = None  # the draft planner's, of the drafts made at the end
-    draft_blocks: list[DraftBlocks] = field(default_factory=list)  # that the draft model reads and writes
-
-
-@dataclass(slots=True)
-class _Refused:
-    """The head of the queue, which needs more blocks than are free.
-
-    Looking its prefix up takes longer the longer it is, so that is not done in every step: not while
-    no more is free than then, and only now and then while it needs more than is free by what was
-    known of its prefix then (the prefix may have grown meanwhile, if another request has it).
-    """
-
-    request: Request | None = None
-    num_free: int = 0
-    needed: int = 0
-    step_id: int = 0
-
-    def still(self, request: Request, num_free: int, owed: int, step_id: int) -> bool:
-        """True if `request` would be refused again, as far as can be told without a look."""
-        if request is not self.request:
-            return False
-        if num_free <= self.num_free:
-            return True
-        return self.needed + owed > num_free and step_id - self.step_id < STEPS_BETWEEN_LOOKS
-
-
 class Scheduler:
     """The brain's one entry: add, abort, schedule, update.
 
@@ -119,15 +84,14 @@ class Scheduler:
         self.stats = SchedulerStats()
         self.requests: dict[str, Request] = {}  # waiting and running
         self.running: list[Request] = []  # by Request.order
-        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; ended ones leave lazily
+        self._waiting = WaitingQueue(self.kv, config.watermark_blocks, config.least_chunk_rows)
         self._zombies: set[Request] = set()
-        self._launched: deque[_LaunchedStep] = deque()
+        self._launched: deque[LaunchedStep] = deque()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._generations = [0] * config.max_num_seqs
         self._freed_slots: list[int] = []  # to be told to the device
         self._rebuild: set[Request] = set()  # their slots must be sent anew
         self._step_id = 0
-        self._refused = _Refused()
 
     # ------------------------------------------------------------------ requests
 
@@ -136,7 +100,7 @@ class Scheduler:
         assert request.request_id not in self.requests, f"{request} was added twice"
         assert self.kv.blocks_for(request.limit) <= len(self.kv.pool.blocks), f"{request} never fits"
         self.requests[request.request_id] = request
-        self._enqueue(request)
+        self._waiting.push(request)
 
     def finish(self, request_id: str, reason: FinishReason, num_output_tokens: int | None = None) -> None:
         """End a request from the host: an abort, a timeout, a stop string.
@@ -175,7 +139,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Build the next step, or None if no request can go on before an output is read."""
         out = SchedulerOutput(self._step_id)
-        step = _LaunchedStep(self._step_id)
+        step = LaunchedStep(self._step_id)
         budget = self.config.max_num_batched_tokens
         budget = self._schedule_decodes(out, step, budget)
         left = self._schedule_chunks(out, step, budget)
@@ -186,13 +150,21 @@ class Scheduler:
         # run waits for the next one.
         out.freed_slots, self._freed_slots = self._freed_slots, []
         if self.planner is not None:
-            self._propose(self.planner, out, step)
+            propose(
+                self.planner,
+                self.draft_kv,
+                out,
+                step,
+                self.running,
+                self.kv.pool.num_free * self.kv.block_size,
+                self.config.max_num_batched_tokens,
+            )
         self._launched.append(step)
         self._step_id += 1
         self.stats.num_steps += 1
         return out
 
-    def _schedule_decodes(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> int:
+    def _schedule_decodes(self, out: SchedulerOutput, step: LaunchedStep, budget: int) -> int:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -212,7 +184,7 @@ class Scheduler:
             budget -= num_rows
         return budget
 
-    def _schedule_chunks(self, out: SchedulerOutput, step: _LaunchedStep, budget: int) -> int:
+    def _schedule_chunks(self, out: SchedulerOutput, step: LaunchedStep, budget: int) -> int:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -227,44 +199,26 @@ class Scheduler:
             budget -= num_rows
         return budget
 
-    def _admit(self, out: SchedulerOutput, step: _LaunchedStep, budget: int, has_chunks: bool) -> None:
+    def _admit(self, out: SchedulerOutput, step: LaunchedStep, budget: int, has_chunks: bool) -> None:
         owed = sum(self.kv.blocks_for(r.num_tokens) - len(r.blocks) for r in self.running if not r.decoding)
-        while self._waiting and budget > 0 and self._free_slots:
-            request = self._waiting[0][1]
-            if request.status is not Status.WAITING:
-                heapq.heappop(self._waiting)
-                continue
-            if request.num_inflight_steps:
-                return  # preempted a moment ago: its unread tokens come first
-            num_free = self.kv.pool.num_free
-            if self.running and self._refused.still(request, num_free, owed, self._step_id):
-                return
-            prefix = self.kv.find_prefix(request)
-            left = request.num_tokens - len(prefix) * self.kv.block_size
-            if has_chunks and budget < min(left, self.config.least_chunk_rows):
-                return  # what is left of this step is little: the next one takes the prompt whole
-            missing = self.kv.blocks_for(request.num_tokens) - len(prefix)
-            spare = self.config.watermark_blocks if self.running else 0
-            needed = missing + spare + num_free - self.kv.num_free_after(prefix)
-            if needed + owed > num_free:
-                self._refused = _Refused(request, num_free, needed, self._step_id)
-                return
-            heapq.heappop(self._waiting)
+        room = Room(self._step_id, budget, bool(self.running), has_chunks, owed)
+        while room.rows > 0 and self._free_slots and (taken := self._waiting.take(room)):
+            request, prefix = taken
             self._enter(request, prefix)
-            num_rows = self._chunk_rows(request, budget)
+            num_rows = self._chunk_rows(request, room.rows)
             new = self.kv.grow(request, request.num_computed_tokens + num_rows)
             assert new is not None, "admission counted wrongly"
-            owed += self.kv.blocks_for(request.num_tokens) - len(request.blocks)
             out.new_slots.append(self._new_slot(request))
             self._emit_chunk(request, num_rows, out, step)
-            budget -= num_rows
-            has_chunks = True
+            room.owed += self.kv.blocks_for(request.num_tokens) - len(request.blocks)
+            room.rows -= num_rows
+            room.is_busy = room.has_chunks = True
 
     def _chunk_rows(self, request: Request, budget: int) -> int:
         known = request.num_tokens - request.num_computed_tokens - request.num_inflight_tokens
         return min(known, budget, self.config.max_chunk_tokens)
 
-    def _emit_chunk(self, request: Request, num_rows: int, out: SchedulerOutput, step: _LaunchedStep) -> None:
+    def _emit_chunk(self, request: Request, num_rows: int, out: SchedulerOutput, step: LaunchedStep) -> None:
         reach = request.num_computed_tokens + request.num_inflight_tokens + num_rows
         self.kv.register(request, reach)
         samples = reach == request.num_tokens
@@ -278,7 +232,7 @@ class Scheduler:
         kind: RowKind,
         samples: bool,
         out: SchedulerOutput,
-        step: _LaunchedStep,
+        step: LaunchedStep,
     ) -> None:
         if request in self._rebuild:
             self._rebuild.discard(request)
@@ -286,54 +240,27 @@ class Scheduler:
         rows = Rows(request.slot, num_rows, kind, samples)
         out.rows.append(rows)
         out.row_keys.append(request.key)
-        # Of the drafts this step verifies; `_propose` will set that of the next one.
+        # Of the drafts this step verifies; `propose` will set that of the next one.
         request.verified_decision = request.decision
+        if kind is RowKind.VERIFY:
+            self.stats.num_verify_rows += num_rows
+            step.num_verify += 1
+            if num_rows > 1:
+                step.drafting.append(len(step.requests))
+        else:
+            self.stats.num_chunk_rows += num_rows
+            step.chunk_rows += num_rows
+        step.num_rows += num_rows
         step.requests.append(request)
         step.rows.append(rows)
         request.num_inflight_steps += 1
         request.num_inflight_tokens += num_rows
         request.num_proposed = 0
-        if kind is RowKind.VERIFY:
-            self.stats.num_verify_rows += num_rows
-        else:
-            self.stats.num_chunk_rows += num_rows
         if not samples:
             return
         request.num_inflight_samples += 1
         if request.uses_mask:
             out.mask_slots.append(request.slot)
-
-    def _propose(self, planner: DraftPlanner, out: SchedulerOutput, step: _LaunchedStep) -> None:
-        """Ask for drafts at the end of the step, which the next one verifies."""
-        sampling = [pair for pair in zip(step.requests, step.rows, strict=True) if pair[1].samples]
-        requests = [request for request, _ in sampling]
-        step.kv_tokens = sum(r.num_computed_tokens + r.num_inflight_tokens for r in requests)
-        if not requests:
-            return
-        # Drafts past the limit could never be emitted.
-        rooms = [max(0, r.limit - r.num_tokens - r.num_inflight_samples - 1) for r in requests]
-        waiting = sum(
-            r.num_tokens - r.num_computed_tokens - r.num_inflight_tokens
-            for r in self.running
-            if not r.decoding
-        )
-        kv_room = self.kv.pool.num_free * self.kv.block_size
-        facts = PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room)
-        if self.draft_kv is not None:
-            facts.owed, facts.blocked = self.draft_kv.survey(requests, [rows for _, rows in sampling])
-            facts.catch_up_room = self.config.max_num_batched_tokens - out.num_tokens
-        planned = planner.plan(facts)
-        counts, step.plan = planned.counts, planned.plan
-        if self.draft_kv is not None:
-            out.draft, counts, step.draft_blocks = self.draft_kv.launch(
-                requests, counts, planned.passes, planned.catch_up
-            )
-        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
-            if request.params.trace:
-                request.decision = planner.reason(step.plan, index)
-            if count > 0:
-                request.num_proposed = count
-                out.propose.append(Propose(request.slot, count))
 
     # ------------------------------------------------------------------ blocks and slots
 
@@ -381,7 +308,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.stats.num_preemptions += 1
         self._leave(request)
-        self._enqueue(request)
+        self._waiting.push(request)
 
     def _enter(self, request: Request, prefix: list[Block]) -> None:
         self.kv.admit(request, prefix)
@@ -436,9 +363,6 @@ class Scheduler:
             self._freed_slots.append(request.slot)
             request.slot = -1
 
-    def _enqueue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.order, request))
-
     def drop_device_state(self) -> None:
         """Have every slot sent anew: the device's state is a cache of the host's.
 
@@ -479,47 +403,8 @@ class Scheduler:
         if self.draft_kv is not None:
             self.draft_kv.release(step.draft_blocks)
         if self.planner is not None:
-            self._observe(self.planner, step, output, from_model)
+            report(self.planner, step, output, from_model)
         return updates
-
-    def _observe(
-        self, planner: DraftPlanner, step: _LaunchedStep, output: ModelOutput, from_model: set[Request]
-    ) -> None:
-        requests: list[Request] = []
-        asked: list[int] = []
-        drafted: list[int] = []
-        accepted: list[int] = []
-        num_rows = chunk_rows = 0
-        for index, (request, rows) in enumerate(zip(step.requests, step.rows, strict=True)):
-            num_rows += rows.num_rows
-            if rows.kind is RowKind.CHUNK:
-                chunk_rows += rows.num_rows
-                continue
-            requests.append(request)
-            drafted.append(output.num_drafts_valid[index])
-            accepted.append(output.num_accepted[index])
-            # Drafts behind the end of a request were not refused, they just came too late.
-            ended = output.finished[index] is not Finish.NO or not output.tokens[index]
-            asked.append(accepted[-1] if ended else rows.num_rows - 1)
-            # What the drafter made is known before the next step is built: ask for no empty rows.
-            if request.num_proposed and not request.num_inflight_steps and output.num_drafted is not None:
-                request.num_proposed = min(request.num_proposed, output.num_drafted.get(request.slot, 0))
-        planner.observe(
-            ReadStep(
-                step.plan,
-                num_rows,
-                chunk_rows,
-                step.kv_tokens,
-                output.target_seconds,
-                output.draft_seconds,
-                requests,
-                asked,
-                drafted,
-                accepted,
-                frozenset(index for index, request in enumerate(requests) if request in from_model),
-                output.draft_passes,
-            )
-        )
 
     def _update_one(self, request: Request, rows: Rows, output: ModelOutput, index: int) -> RequestUpdate:
         tokens = output.tokens[index]
@@ -558,7 +443,7 @@ class Scheduler:
             self.running.remove(request)
             self._rebuild.discard(request)
             self._leave(request)
-        # A waiting one leaves the heap lazily; a preempted zombie is released by update().
+        # A waiting one leaves the queue lazily; a preempted zombie is released by update().
 
     # ------------------------------------------------------------------ checks
 
@@ -578,18 +463,4 @@ class Scheduler:
             assert request.num_registered_blocks <= len(request.blocks), f"{request}: registered"
         for zombie in self._zombies:
             assert zombie.is_zombie, f"{zombie} is not a zombie"
-        _assert_inflight(holders, self._launched)
-
-
-def _assert_inflight(requests: Iterable[Request], launched: Iterable[_LaunchedStep]) -> None:
-    counts: dict[Request, list[int]] = {}
-    for step in launched:
-        for request, rows in zip(step.requests, step.rows, strict=True):
-            count = counts.setdefault(request, [0, 0, 0])
-            count[0] += 1
-            count[1] += rows.num_rows
-            count[2] += rows.samples
-    for request in requests:
-        expected = counts.get(request, [0, 0, 0])
-        actual = [request.num_inflight_steps, request.num_inflight_tokens, request.num_inflight_samples]
-        assert actual == expected, f"{request}: in flight {actual}, launched {expected}"
+        assert_inflight(holders, self._launched)

@@ -8,10 +8,8 @@ through an executor; it never sees a tensor.
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +19,11 @@ from octavo.core.mix import mix64
 from octavo.core.request import FinishReason, Request
 from octavo.core.scheduler import RequestUpdate, Scheduler
 from octavo.engine.detokenizer import IncrementalDetokenizer
+from octavo.engine.energy_account import EnergyAccount
 from octavo.engine.engine_stats import EngineStats
 from octavo.engine.grammar import GrammarCompiler, Matcher
-from octavo.engine.inputs import Prompt, PromptInput, read_prompt
+from octavo.engine.inputs import PromptInput
+from octavo.engine.request_reader import EngineInfo, PreparedRequest, RequestReader, make_sequence
 from octavo.engine.request_state import OutputKind, RequestState, Sample
 from octavo.engine.stats import StatsLog, take_stats
 from octavo.engine.tokenizer import Tokenizer
@@ -35,37 +35,10 @@ from octavo.outputs import (
     SpeculationMetrics,
     SpeculationStep,
 )
-from octavo.sampling.batch import bad_word_spellings
 from octavo.sampling_params import SamplingParams
 from octavo.speculation.suffix import SuffixGuesser
 from octavo.worker.executor import Executor
 from octavo.worker.model_runner import GrammarMasks
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What the engine must know of the model."""
-
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    seed: int
-    enable_prefix_caching: bool
-    speculates: bool = False
-    reads_predictions: bool = True  # some drafter follows SamplingParams(prediction=…)
-    synthetic_acceptance: bool = False  # drafts are accepted by coins: the text means nothing
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A request that was checked and tokenized, and touches no engine state yet."""
-
-    prompt: Prompt
-    params: SamplingParams
-    prediction: tuple[int, ...]
-    matcher: Matcher | None
-    bad_words_ids: tuple[tuple[int, ...], ...]
-    continue_prompt: bool  # the text goes on from the prompt's, its leading space included
 
 
 class Engine:
@@ -86,16 +59,17 @@ class Engine:
         self.scheduler = scheduler
         self.executor = executor
         self.tokenizer = tokenizer
-        self._grammar = grammar
+        self._reader = RequestReader(info, tokenizer, grammar)
         self._suffix = suffix
         self._depth = scheduler.config.pipeline_depth
         self._states: dict[str, RequestState] = {}
         self._samples: dict[str, tuple[RequestState, Sample]] = {}  # by the sequence's id
         self._arrivals = itertools.count()
-        self._compiling = threading.Lock()  # the grammar compiler's cache serves one thread at a time
         self._dead: BaseException | None = None
         self._speculation = SpeculationMetrics(synthetic=info.synthetic_acceptance)  # of all requests
         self._drafts: dict[int, list[int]] = {}  # by slot, the latest; only where a grammar runs
+        self._energy: EnergyAccount | None = None
+        self._num_sequences = 0  # in the latest step
 
     # ------------------------------------------------------------------ requests
 
@@ -121,41 +95,7 @@ class Engine:
 
         Raises RequestError that says what to change.
         """
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                f"sampling_params must be a SamplingParams, not {type(params).__name__}", "sampling_params"
-            )
-        params.check_for_model(self.info.vocab_size)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
-        if params.bad_words and self.tokenizer is None:
-            raise RequestError("bad_words needs a tokenizer, and this engine has none", "bad_words")
-        given = read_prompt(
-            prompt,
-            self.tokenizer,
-            self.info.vocab_size,
-            self.info.max_model_len,
-            add_special_tokens=add_special_tokens,
-        )
-        matcher = None
-        if params.structured_outputs is not None and self.info.synthetic_acceptance:
-            raise RequestError(
-                "structured_outputs cannot be had with synthetic_acceptance_rates: the text that follows an "
-                "accepted draft belongs to another one, and no grammar can follow both",
-                "structured_outputs",
-            )
-        if params.structured_outputs is not None:
-            with self._compiling:
-                matcher = self._compile_grammar(params)
-        return PreparedRequest(
-            given,
-            params,
-            self._prediction(params),
-            matcher,
-            self._bad_words(params),
-            # A completion goes on from its prompt, space included; a chat answer stands alone.
-            continue_prompt=add_special_tokens,
-        )
+        return self._reader.read(prompt, params, add_special_tokens=add_special_tokens)
 
     def admit(
         self,
@@ -182,7 +122,8 @@ class Engine:
         arrival = next(self._arrivals)
         base_seed = mix64(self.info.seed, arrival) if params.seed is None else params.seed
         for index in range(params.num_samples):
-            request = self._sequence(prepared, arrival, index, mix64(base_seed, index), request_id)
+            seed = mix64(base_seed, index)
+            request = make_sequence(self.info, prepared, request_id, arrival, index, seed)
             detokenizer = None
             if self.tokenizer is not None:
                 detokenizer = IncrementalDetokenizer(
@@ -234,7 +175,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done; for the thread that steps it."""
-        return take_stats(self.scheduler, self.speculation)
+        energy = None if self._energy is None else self._energy.read()
+        return take_stats(self.scheduler, self.speculation, energy)
+
+    def measure_energy(self, account: EnergyAccount) -> None:
+        """Tell each request that begins from now on what it cost in joules."""
+        self._energy = account
 
     def has_work(self) -> bool:
         """True while a step could bring something."""
@@ -252,8 +198,13 @@ class Engine:
         An exception in it leaves host and device apart: the engine is dead then, and says so.
         """
         self._check_alive()
+        energy = self._energy
         try:
+            if energy is not None:
+                energy.begin_step()
             outputs = self._step()
+            if energy is not None:
+                energy.end_step(self._num_sequences)
         except BaseException as error:
             self._dead = error
             raise
@@ -270,6 +221,7 @@ class Engine:
         outputs: list[RequestOutput] = []
         if out is not None:
             self._note_first_schedule(out)
+            self._num_sequences = len(out.row_keys)
             if self._suffix is not None:
                 self._suggest(self._suffix, out)
             self.executor.launch(out)
@@ -359,7 +311,11 @@ class Engine:
             )
         if sample.detokenizer is not None and reason is FinishReason.ABORT:
             sample.new_text += sample.detokenizer.append([], True)
-        del self._samples[sample.request.request_id]
+        state, _ = self._samples.pop(sample.request.request_id)
+        if self._energy is not None and sample.energy_mark is not None:
+            joules = self._energy.since(sample.energy_mark, self._num_sequences)
+            if joules is not None:
+                state.metrics.energy_joules = (state.metrics.energy_joules or 0.0) + joules
 
     def _suggest(self, suffix: SuffixGuesser, out: SchedulerOutput) -> None:
         """Continuations for the requests that are asked for drafts. One with a prediction follows that."""
@@ -412,102 +368,16 @@ class Engine:
             masks[key.slot] = mask
         return masks
 
-    # ------------------------------------------------------------------ making sequences
-
-    def _sequence(
-        self, prepared: PreparedRequest, arrival: int, index: int, seed: int, request_id: str
-    ) -> Request:
-        prompt, params = prepared.prompt, prepared.params
-        if params.best_of is not None and params.logprobs is None:
-            params = params.replace(logprobs=0)  # best_of ranks by them
-        if index and params.prompt_logprobs is not None:
-            params = params.replace(prompt_logprobs=None)  # the first sample's are everybody's
-        num_prompt = len(prompt.token_ids)
-        room = self.info.max_model_len - num_prompt
-        wanted = room if params.max_tokens is None else params.max_tokens
-        stop = tuple(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop += tuple(token for token in self.info.eos_token_ids if token not in stop)
-        namespace: Hashable | None = params.cache_salt or ""
-        if not self.info.enable_prefix_caching:
-            # Samples of one request share its prompt even then; nobody else does.
-            namespace = ("samples of", request_id, arrival) if params.num_samples > 1 else None
-        if self.info.synthetic_acceptance:
-            namespace = None  # the KV behind an accepted draft is that of another text
-        request = Request(
-            request_id=f"{request_id}/{index}",
-            prompt_token_ids=prompt.token_ids,
-            params=params,
-            seed=seed,
-            limit=num_prompt + min(wanted, room),
-            arrival=arrival * 2**20 + index,  # samples stay side by side in the order of arrival
-            stop_token_ids=stop,
-            bad_words_ids=prepared.bad_words_ids,
-            prediction_ids=prepared.prediction,
-            priority=params.priority,
-            cache_namespace=namespace,
-            read_cache=params.prompt_logprobs is None,
-            uses_mask=params.structured_outputs is not None,
-        )
-        if isinstance(params.num_speculative_tokens, int):
-            request.num_speculative_tokens = params.num_speculative_tokens
-        return request
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        if not params.bad_words:
-            return ()
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        return tuple(
-            bad_word_spellings(
-                params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False)
-            )
-        )
-
-    def _prediction(self, params: SamplingParams) -> tuple[int, ...]:
-        if params.prediction is None:
-            return ()
-        if not self.info.speculates:
-            raise RequestError(
-                "prediction needs speculative decoding; start the engine with "
-                "speculative={'method': 'predicted'} (or 'prompt_lookup')",
-                "prediction",
-            )
-        if not self.info.reads_predictions:
-            raise RequestError(
-                "this engine's drafter follows no prediction; start the engine with the method hybrid (which "
-                "has a draft model as well), prompt_lookup, suffix or predicted, or leave the prediction out",
-                "prediction",
-            )
-        prediction = params.prediction
-        if isinstance(prediction, str):
-            if self.tokenizer is None:
-                raise RequestError(
-                    "a prediction given as text needs a tokenizer; give token ids", "prediction"
-                )
-            prediction = self.tokenizer.encode(prediction, add_special_tokens=False)
-        if len(prediction) > self.info.max_model_len:
-            raise RequestError(
-                f"the prediction has {len(prediction)} tokens and the context holds "
-                f"{self.info.max_model_len}; shorten it",
-                "prediction",
-            )
-        return tuple(prediction)
-
-    def _compile_grammar(self, params: SamplingParams) -> Matcher | None:
-        if params.structured_outputs is None:
-            return None
-        if self._grammar is None:
-            raise RequestError(
-                "structured_outputs needs a tokenizer, and this engine has none", "structured_outputs"
-            )
-        return self._grammar.compile(params.structured_outputs)
-
     def _note_first_schedule(self, out: SchedulerOutput) -> None:
         for new in out.new_slots:
             entry = self._samples.get(new.request_id)
-            if entry is not None and entry[0].metrics.first_scheduled_time is None:
-                entry[0].metrics.first_scheduled_time = time.monotonic()
+            if entry is None:
+                continue
+            state, sample = entry
+            if state.metrics.first_scheduled_time is None:
+                state.metrics.first_scheduled_time = time.monotonic()
+            if self._energy is not None and sample.energy_mark is None:
+                sample.energy_mark = self._energy.mark()
 
 
 def _space(request: Request) -> Hashable:

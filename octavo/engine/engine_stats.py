@@ -22,6 +22,7 @@ class EngineStats:
     num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     num_prefix_hits: int = 0  # found there
     speculation: SpeculationMetrics | None = None  # of all requests together; None: no speculation
+    energy_joules: dict[str, float] | None = None  # by counter, since the start; None: not measured
 
     @property
     def kv_usage(self) -> float:

@@ -122,6 +122,8 @@ def _token_ids(given: Any) -> list[int]:
         raise RequestError(
             f"a prompt must be {_WHAT_A_PROMPT_IS}, not {_kind(given)}{_hint(given)}", "prompt"
         )
+    if set(map(type, given)) <= {int}:  # nearly always, and ten times as fast as to look at each
+        return list(given)
     token_ids: list[int] = []
     for index, item in enumerate(given):
         if type(item) is int:

@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,14 +31,18 @@ import msgspec
 from octavo import hub
 from octavo.config import EngineArgs
 from octavo.engine import wire
-from octavo.errors import OctavoError, RequestError
-from octavo.outputs import RequestOutput, join_deltas
+from octavo.engine.energy_account import measure_energy
+from octavo.engine.grammar_desk import CompileJob, GrammarDesk
+from octavo.engine.outbox import Outbox, Recipient
+from octavo.errors import OctavoError
+from octavo.outputs import RequestOutput
 from octavo.platform import prepare_environment
 from octavo.platform.process import die_with_parent, name_process
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from octavo.engine.engine import Engine, PreparedRequest
+    from octavo.engine.engine import Engine
+    from octavo.engine.request_reader import PreparedRequest
     from octavo.engine.setup import EngineParts
 
 logger = logging.getLogger("octavo")
@@ -48,172 +51,11 @@ _CHUNK = 1 << 16
 
 
 @dataclass(slots=True)
-class _Open:
-    """A request in the engine."""
-
-    key: int
-    is_delta: bool
-    sent_first: bool = False  # prompt logprobs travel once
-
-
-@dataclass(slots=True)
 class _Prepared:
     """A checked request, on its way to the main thread."""
 
     admit: wire.Admit
     request: PreparedRequest
-
-
-class Outbox:
-    """Everything the engine says, sent by a thread of its own.
-
-    Outputs of a request that wait together are joined, so a front end that reads slowly costs neither
-    memory nor steps. While there is nothing to say, a heartbeat goes out at every `interval` seconds.
-    """
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        interval: float,
-        step_seconds: Callable[[], float],
-        on_tick: Callable[[], None],
-    ) -> None:
-        self._sock = sock
-        self._interval = interval
-        self._step_seconds = step_seconds
-        self._on_tick = on_tick
-        self._changed = threading.Condition()
-        self._outputs: dict[int, tuple[_Open, RequestOutput]] = {}
-        self._messages: list[wire.Message] = []
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="octavo-sender", daemon=True)
-        self._thread.start()
-
-    def post(self, message: wire.Message) -> None:
-        """Send a message, after the outputs that wait."""
-        with self._changed:
-            self._messages.append(message)
-            self._changed.notify()
-
-    def post_outputs(self, outputs: list[tuple[_Open, RequestOutput]]) -> None:
-        """What a step brought."""
-        with self._changed:
-            for request, output in outputs:
-                waiting = self._outputs.get(request.key)
-                if waiting is not None and request.is_delta:
-                    output = join_deltas(waiting[1], output)
-                self._outputs[request.key] = (request, output)
-            self._changed.notify()
-
-    def forget(self, key: int) -> None:
-        """Nobody waits for this request any more."""
-        with self._changed:
-            self._outputs.pop(key, None)
-
-    def close(self) -> None:
-        """Send what waits, then nothing more."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-        self._thread.join(timeout=5.0)
-
-    def _run(self) -> None:
-        next_beat = time.monotonic()
-        while True:
-            with self._changed:
-                if not (self._outputs or self._messages or self._is_closed):
-                    self._changed.wait(max(0.0, next_beat - time.monotonic()))
-                outputs, self._outputs = self._outputs, {}
-                messages, self._messages = self._messages, []
-                is_closed = self._is_closed
-            if outputs:
-                messages.insert(0, _outputs_message(outputs))
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + self._interval
-                messages.append(wire.Heartbeat(self._step_seconds()))
-                self._on_tick()
-            try:
-                self._sock.sendall(b"".join(map(wire.frame, messages)))
-            except OSError:  # the front end is gone; the reader ends the process
-                return
-            if is_closed and not outputs and not messages:
-                return
-
-
-def _outputs_message(outputs: dict[int, tuple[_Open, RequestOutput]]) -> wire.Outputs:
-    sent = []
-    for key, (request, output) in outputs.items():
-        sent.append(wire.output_to_wire(key, output, not request.sent_first))
-        request.sent_first = True
-    return wire.Outputs(sent)
-
-
-@dataclass(slots=True)
-class _Job:
-    admit: wire.Admit
-    params: SamplingParams
-    deadline: float  # monotonic; inf: none
-    is_over: bool = False  # answered, or given up
-
-
-class GrammarDesk:
-    """Compiles grammars one after another, beside the steps, and refuses those that take too long.
-
-    A compilation cannot be stopped half-way (the library bounds its work); one that is late is refused
-    in time and its result dropped.
-    """
-
-    def __init__(self, compile_job: Callable[[_Job], None], refuse: Callable[[int, Exception], None]) -> None:
-        self._compile = compile_job
-        self._refuse = refuse
-        self._lock = threading.Lock()
-        self._open: dict[int, _Job] = {}
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def add(self, job: _Job) -> None:
-        """From the reader's thread."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="octavo-grammar", daemon=True)
-            self._thread.start()
-        with self._lock:
-            self._open[job.admit.key] = job
-        self._jobs.put(job)
-
-    def take(self, key: int, then: Callable[[], None] = lambda: None) -> bool:
-        """Close the job of this request and do what follows; False if it was over already.
-
-        Both in one: who closes a job later can be sure that what followed has happened.
-        """
-        with self._lock:
-            job = self._open.pop(key, None)
-            if job is None:
-                return False
-            job.is_over = True
-            then()
-            return True
-
-    def expire(self) -> None:
-        """Refuse what is late."""
-        now = time.monotonic()
-        with self._lock:
-            late = [job for job in self._open.values() if now > job.deadline]
-        for job in late:
-            if self.take(job.admit.key):
-                self._refuse(
-                    job.admit.key,
-                    RequestError(
-                        "compiling structured_outputs took longer than this server allows; simplify the "
-                        "schema, regex or grammar, or raise --grammar-timeout",
-                        "structured_outputs",
-                    ),
-                )
-
-    def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if not job.is_over:
-                self._compile(job)
 
 
 class EngineProcess:
@@ -225,7 +67,7 @@ class EngineProcess:
         self._commands: queue.SimpleQueue[_Prepared | wire.Abort | wire.GetStats | wire.Shutdown] = (
             queue.SimpleQueue()
         )
-        self._open: dict[str, _Open] = {}  # by the engine's request id
+        self._open: dict[str, Recipient] = {}  # by the engine's request id
         self._step_began: float | None = None
         self._engine: Engine | None = None
         self._desk = GrammarDesk(self._compile, self._refuse)
@@ -246,6 +88,8 @@ class EngineProcess:
         from octavo.engine.setup import build_engine
 
         parts = build_engine(args, progress=lambda stage, part: self.outbox.post(wire.Loading(stage, part)))
+        if (reason := measure_energy(parts)) is not None:
+            logger.debug("energy is not measured: %s", reason)
         self._engine = parts.engine
         gc.freeze()  # collections need not look through all that was imported and loaded
         self.outbox.post(ready_message(parts))
@@ -293,7 +137,7 @@ class EngineProcess:
         except Exception as error:  # this request's alone: nothing of it was kept
             self._refuse(admit.key, error)
             return
-        self._open[name] = _Open(admit.key, admit.kind == "delta")
+        self._open[name] = Recipient(admit.key, admit.kind == "delta")
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         found = []
@@ -350,7 +194,7 @@ class EngineProcess:
                 return
             timeout = self._start.grammar_timeout
             deadline = time.monotonic() + timeout if timeout else float("inf")
-            self._desk.add(_Job(admit, params, deadline))
+            self._desk.add(CompileJob(admit, params, deadline))
         except Exception as error:
             self._refuse(admit.key, error)
 
@@ -360,7 +204,7 @@ class EngineProcess:
             {"prompt_token_ids": admit.prompt_ids}, params, add_special_tokens=admit.continue_prompt
         )
 
-    def _compile(self, job: _Job) -> None:
+    def _compile(self, job: CompileJob) -> None:
         key = job.admit.key
         try:
             prepared = _Prepared(job.admit, self._checked(job.admit, job.params))

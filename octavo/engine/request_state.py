@@ -45,6 +45,7 @@ class Sample:
     drafts_held: bool = False  # all drafts of the last verification were right
     sent_tokens: int = 0  # with deltas: what the caller has
     new_text: str = ""  # with deltas: what the caller does not have
+    energy_mark: float | None = None  # the energy account when it was first scheduled; None: there is none
 
     def add_logprobs(
         self, entries: list[TokenLogprobs], token_ids: list[int], tokenizer: Tokenizer | None

@@ -25,8 +25,9 @@ from octavo.core.draft_planner import BudgetPlanner
 from octavo.core.scheduler import Scheduler
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.draft import resolve_draft
-from octavo.engine.engine import Engine, EngineInfo
+from octavo.engine.engine import Engine
 from octavo.engine.grammar import GrammarCompiler
+from octavo.engine.request_reader import EngineInfo
 from octavo.engine.stats import StatsLog
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import CheckpointError, ConfigError, RequestError

@@ -15,7 +15,11 @@ from octavo.outputs import SpeculationMetrics
 logger = logging.getLogger("octavo")
 
 
-def take_stats(scheduler: Scheduler, speculation: SpeculationMetrics | None) -> EngineStats:
+def take_stats(
+    scheduler: Scheduler,
+    speculation: SpeculationMetrics | None,
+    energy_joules: dict[str, float] | None = None,
+) -> EngineStats:
     """Cheap: a few attributes. For whoever owns the scheduler, between two of its calls."""
     stats, kv = scheduler.stats, scheduler.kv
     return EngineStats(
@@ -30,6 +34,7 @@ def take_stats(scheduler: Scheduler, speculation: SpeculationMetrics | None) -> 
         num_prefix_queries=kv.num_prefix_queries,
         num_prefix_hits=kv.num_prefix_hits,
         speculation=copy.deepcopy(speculation),  # the engine goes on counting in its own
+        energy_joules=energy_joules,
     )
 
 

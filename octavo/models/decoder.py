@@ -159,6 +159,11 @@ class CausalLM:
         """True if the kernels run the whole decoder in one call."""
         return self._fused is not None
 
+    @property
+    def fused(self) -> FusedForward | None:
+        """The kernels' own forward of the whole decoder, if they have one."""
+        return self._fused
+
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """Every tensor this model needs from its checkpoint, in the usual order of the files."""
         yield from self.embedding.checkpoint_tensors()

@@ -8,6 +8,7 @@ memory plan) is made from it and can be tested by handing in another one.
     environment   variables that must be set before torch is imported; where the cache lies
     bandwidth     how fast main memory is read
     process       the operating system's view of our own processes
+    energy        joules, from the hardware's counters
     report        all of it, for `octavo env` and for bug reports
 """
 

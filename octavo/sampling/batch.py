@@ -241,6 +241,7 @@ class SamplingSlots:
         self._seed = np.zeros(num_slots, dtype=np.int64)
         self._num_logprobs = np.full(num_slots, -1, dtype=np.int64)
         self._is_special = np.zeros(num_slots, dtype=np.bool_)
+        self._only_draws = np.zeros(num_slots, dtype=np.bool_)
         self._special: dict[int, SlotSampling] = {}
 
     def put(self, slot: int, sampling: SlotSampling) -> None:
@@ -252,6 +253,8 @@ class SamplingSlots:
         self._seed[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
         self._is_special[slot] = not sampling.is_plain
+        filters = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+        self._only_draws[slot] = sampling.is_plain and not filters and sampling.num_logprobs < 0
         if sampling.is_plain:
             self._special.pop(slot, None)
         else:
@@ -262,6 +265,10 @@ class SamplingSlots:
         self._is_special[slot] = False
         self._num_logprobs[slot] = -1
         self._special.pop(slot, None)
+
+    def only_draw(self, slots: IntArray) -> bool:
+        """True if temperature and seed say everything about the draws of these slots."""
+        return bool(self._only_draws[slots].all())
 
     def batch(
         self,

@@ -17,13 +17,13 @@ class CoinTable:
 
     def __init__(self, num_slots: int, width: int, stream: Stream, device: torch.device) -> None:
         self._stream = stream
-        self._coins = torch.zeros(num_slots, width, device=device)
+        self.table = torch.zeros(num_slots, width, device=device)
 
     def put(self, slot: int, seed: int, start: int, stop: int) -> None:
         """A request with this seed enters a slot; it will draw the tokens at [start, stop)."""
         coins = uniforms(seed, torch.arange(start, stop), self._stream)
-        self._coins[slot, start:stop] = coins.to(self._coins.device, non_blocking=True)
+        self.table[slot, start:stop] = coins.to(self.table.device, non_blocking=True)
 
     def at(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """float32 [n], for slots and positions [n] int64; position -1 (padding) gives any coin."""
-        return self._coins[slots, positions.clamp(min=0)]
+        return self.table[slots, positions.clamp(min=0)]

@@ -34,15 +34,18 @@ class EngineChild:
         log_level: str = "info",
         grammar_timeout: float = 10.0,
         hidden_variables: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> EngineChild:
         """Start the process; it begins to load at once.
 
         Call it in a thread that lives as long as the server (the main thread): on Linux the child ends
-        with the thread that started it. The child's environment is ours without `hidden_variables`.
+        with the thread that started it. The child's environment is ours without `hidden_variables` and with
+        `variables`.
         """
         ours, theirs = socket.socketpair()
         try:
             environment = {name: value for name, value in os.environ.items() if name not in hidden_variables}
+            environment.update(variables or {})
             process = subprocess.Popen(
                 _command(theirs.fileno(), os.getpid()),
                 pass_fds=[theirs.fileno()],

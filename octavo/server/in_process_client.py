@@ -42,6 +42,7 @@ class InProcessEngineClient(BaseEngineClient):
     async def load(self, engine_args: Mapping[str, Any]) -> None:
         """Build an engine, in a thread; `wait_ready` tells how that went."""
         from octavo.config import EngineArgs
+        from octavo.engine.energy_account import measure_energy
         from octavo.engine.setup import build_engine
 
         def tell(stage: str, fraction: float | None) -> None:
@@ -49,7 +50,9 @@ class InProcessEngineClient(BaseEngineClient):
 
         try:
             args = EngineArgs.from_kwargs(**engine_args)
-            self.serve(await asyncio.to_thread(build_engine, args, tell))
+            parts = await asyncio.to_thread(build_engine, args, tell)
+            measure_energy(parts)
+            self.serve(parts)
         except Exception as error:
             self._note_end(error)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -202,6 +202,9 @@ def _engine_families(made: _Maker, stats: EngineStats) -> Iterator[Metric]:
     yield made.counter("engine_steps", "Steps of the engine.", stats.num_steps)
     rows = {"prompt": stats.num_chunk_rows, "decode": stats.num_verify_rows}
     yield made.counters("engine_rows", "Token rows computed, by kind.", "kind", rows)
+    if stats.energy_joules is not None:
+        text = "What the hardware under the engine has used since the start, idle time included."
+        yield made.counters("energy_joules", text, "counter", stats.energy_joules)
     speculation = stats.speculation
     if speculation is None:
         return
@@ -242,7 +245,7 @@ class _Maker:
         family.add_metric(tuple(self._labels.values()), value)
         return family
 
-    def counters(self, name: str, text: str, label: str, values: dict[str, int] | Counter[str]) -> Metric:
+    def counters(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
         family = CounterMetricFamily(self._name(name), text, labels=(*self._labels, label))
         for key, value in values.items():
             family.add_metric((*self._labels.values(), key), value)

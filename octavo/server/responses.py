@@ -278,8 +278,7 @@ class ResponseAnswer:
             "output_tokens_details": {"reasoning_tokens": 0, **told.get("completion_tokens_details", {})},
             "total_tokens": told["total_tokens"],
         }
-        if "speculation" in told:
-            usage["speculation"] = told["speculation"]
+        usage |= {name: told[name] for name in ("speculation", "energy_joules") if name in told}
         return usage
 
 

@@ -69,8 +69,10 @@ class OutputReader:
     """The outputs of one request, or of several in whatever order they come: (number, output)."""
 
     def __init__(self, outputs: Sequence[AsyncGenerator[RequestOutput, None]]) -> None:
-        self._source = _numbered(outputs[0]) if len(outputs) == 1 else _merged(outputs)
-        self._first: asyncio.Future[tuple[int, RequestOutput]] | None = None
+        # A request alone is read without a generator in between: every chunk would pay for it.
+        self._single = outputs[0] if len(outputs) == 1 else None
+        self._several = _merged(outputs) if len(outputs) > 1 else None
+        self._first: asyncio.Future[Any] | None = None
 
     async def begin(self, seconds: float) -> None:
         """Wait for the first output, but not for longer. Raises what the engine raises instead of one."""
@@ -86,9 +88,14 @@ class OutputReader:
             while not self._first.done():
                 yield None
                 await asyncio.wait({self._first}, timeout=WAITING_SECONDS)
-            yield self._first.result()
-        async for item in self._source:
-            yield item
+            first = self._first.result()
+            yield first if self._single is None else (0, first)
+        if self._single is not None:
+            async for output in self._single:
+                yield 0, output
+        elif self._several is not None:
+            async for item in self._several:
+                yield item
 
     async def close(self) -> None:
         """Abort what has not ended. Must be called."""
@@ -96,15 +103,11 @@ class OutputReader:
             await _cancel(self._first)
         await self._source.aclose()
 
-
-async def _numbered(
-    outputs: AsyncGenerator[RequestOutput, None],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    try:
-        async for output in outputs:
-            yield 0, output
-    finally:
-        await outputs.aclose()
+    @property
+    def _source(self) -> AsyncGenerator[Any, None]:
+        source = self._single if self._single is not None else self._several
+        assert source is not None, "a reader of no request"
+        return source
 
 
 async def _merged(

@@ -16,6 +16,7 @@ class UsageCounter:
         self.num_reasoning_tokens: int | None = None  # None: the model marks no reasoning
         self._num_cached = 0
         self._speculation: list[SpeculationMetrics] = []
+        self._energy_joules: float | None = None
         self._has_prediction = has_prediction
 
     def note(self, output: RequestOutput) -> None:
@@ -29,6 +30,8 @@ class UsageCounter:
         self._num_cached += metrics.num_cached_tokens
         if metrics.speculation is not None:
             self._speculation.append(metrics.speculation)
+        if metrics.energy_joules is not None:
+            self._energy_joules = (self._energy_joules or 0.0) + metrics.energy_joules
 
     def counts(self) -> dict[str, int]:
         """The three counts so far."""
@@ -57,6 +60,8 @@ class UsageCounter:
             usage["completion_tokens_details"] = completion
         if self._speculation:
             usage["speculation"] = self.speculation()
+        if self._energy_joules is not None:
+            usage["energy_joules"] = round(self._energy_joules, 6)
         return usage
 
     def speculation(self) -> dict[str, Any]:

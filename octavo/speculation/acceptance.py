@@ -117,6 +117,15 @@ class SyntheticAcceptance:
         """See Acceptance."""
         self._coins.put(new.slot, new.seed, new.num_prompt_tokens, new.limit)
 
+    def rates_of(self, count: int) -> torch.Tensor:
+        """[count] float32, the rates of the first places, on the host"""
+        return torch.from_numpy(self._rates[np.minimum(np.arange(count), len(self._rates) - 1)])
+
+    @property
+    def coins(self) -> torch.Tensor:
+        """[slots, positions] float32"""
+        return self._coins.table
+
     def before_draw(self, rows: VerifyRows, batch: SamplingBatch) -> None:
         """See Acceptance."""
 

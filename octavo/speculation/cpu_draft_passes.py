@@ -87,6 +87,10 @@ class CpuDraftPasses:
         self._num_computed[slots] = start + 1
         return self._inputs(slots, start, None, None)
 
+    def time(self, num_rows: int) -> bool:
+        """See DraftPasses."""
+        return False
+
     def draft(self, inputs: PassInputs, drawn: torch.Tensor | None) -> None:
         """See DraftPasses."""
         if drawn is None:

@@ -124,30 +124,38 @@ class DraftModel:
         started = time.perf_counter()
         with torch.inference_mode():
             for _ in range(repeats):
-                self._network.logits(self._network.forward(ids, metadata.positions, context))
+                if not self._passes.time(num_rows):
+                    self._network.logits(self._network.forward(ids, metadata.positions, context))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / repeats
 
     def _run(self, inputs: PassInputs) -> None:
-        metadata = inputs.metadata
-        self._pass_rows.append(metadata.num_tokens)
-        ids = inputs.input_ids
-        if self._vocab_size < self._target_vocab_size:  # a token of the text that the draft model lacks
-            ids = ids.clamp(max=self._vocab_size - 1)
-        context = ForwardContext(metadata, self._kv_caches)
-        hidden = self._network.forward(ids, metadata.positions, context)
-        if not len(inputs.logits_slots):
+        self._pass_rows.append(len(inputs.input_ids))
+        logits = inputs.logits if inputs.computed else self._compute(inputs)
+        if logits is None:
             self._passes.draft(inputs, None)
             return
-        if len(inputs.logits_slots) < len(hidden):
-            hidden = hidden[inputs.logits_rows]
-        logits = self._common_vocabulary(self._network.logits(hidden))
+        logits = self._common_vocabulary(logits)
         batch = self._sampling_batch(inputs)
         drawn = self._sampler.draw(logits, batch).tokens
         self._passes.draft(inputs, drawn)
         if self._distributions is not None:
             self._record(self._distributions, inputs, logits, batch)
+
+    def _compute(self, inputs: PassInputs) -> torch.Tensor | None:
+        """[L, draft vocabulary] float32; None if the pass has no rows of logits."""
+        metadata, ids = inputs.metadata, inputs.input_ids
+        assert metadata is not None
+        if self._vocab_size < self._target_vocab_size:  # a token of the text that the draft model lacks
+            ids = ids.clamp(max=self._vocab_size - 1)
+        context = ForwardContext(metadata, self._kv_caches)
+        hidden = self._network.forward(ids, metadata.positions, context)
+        if not len(inputs.logits_slots):
+            return None
+        if len(inputs.logits_slots) < len(hidden):
+            hidden = hidden[inputs.logits_rows]
+        return self._network.logits(hidden)
 
     def _common_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, target vocabulary]: the draft model's may be padded to another size."""

@@ -36,10 +36,12 @@ class PassInputs:
     """One forward pass of the draft model. T token rows, L rows of logits, one a drafting slot."""
 
     input_ids: torch.Tensor  # [T] int64
-    metadata: AttentionMetadata
+    metadata: AttentionMetadata | None  # None with `computed`
     logits_rows: torch.Tensor  # [L] int64, token rows
     logits_slots: IntArray  # [L], on the host
     draw_positions: torch.Tensor  # [L] int64, -1: this slot makes no draft after all
+    computed: bool = False  # the pass was launched as a whole; what is left is to draw from `logits`
+    logits: torch.Tensor | None = None  # [L, vocabulary] float32; None: drafts were drawn and taken as well
 
 
 class DraftPasses(Protocol):
@@ -68,6 +70,10 @@ class DraftPasses(Protocol):
 
     def next(self) -> PassInputs | None:
         """The next pass, for slots that want more drafts; None: there are none."""
+        ...
+
+    def time(self, num_rows: int) -> bool:
+        """Launch a pass of so many rows that belong to nobody; False: the network's own forward does."""
         ...
 
     @property
@@ -185,6 +191,10 @@ class TorchDraftPasses:
         tables.num_drafts[slots] += made
         if self._depth == 0:
             self._from_model[slots] = made
+
+    def time(self, num_rows: int) -> bool:
+        """See DraftPasses."""
+        return False
 
     def _inputs(
         self,

@@ -236,12 +236,12 @@ def build_runner(
             check_deterministic(model, kernels.ops)
     else:
         steps = kernels.steps(state)
-    graphs = None
-    if buffers is not None and not config.args.enforce_eager:
-        graphs = capture_graphs(config, model, caches, buffers, plan.max_model_len)
-    proposer = build_proposer(config, state, steps)
     distributions = DraftDistributions()
     acceptance = build_acceptance(config, state, distributions)
+    graphs, whole_steps = None, None
+    if buffers is not None and not config.args.enforce_eager:
+        graphs, whole_steps = capture_graphs(config, model, caches, steps, buffers, acceptance)
+    proposer = build_proposer(config, state, steps)
     sampler, sampling = Sampler(kernels.draw), SamplingSlots(state.num_slots)
     draft_model = None
     if config.draft is not None:
@@ -255,11 +255,11 @@ def build_runner(
             sampler,
             sampling,
             distributions if isinstance(acceptance, RejectionAcceptance) else None,
-            with_triton=kernels.steps is None,
+            steps,
         )
     runner = ModelRunner(
         model, caches, state, steps, sampler, proposer, acceptance=acceptance, graphs=graphs,
-        sampling=sampling, draft_model=draft_model,
+        sampling=sampling, draft_model=draft_model, whole_steps=whole_steps,
     )  # fmt: skip
     if kernels.steps is None:
         warm_up(

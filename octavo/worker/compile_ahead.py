@@ -70,7 +70,7 @@ def _compile_share(job: tuple[EngineConfig, ModelConfig, int, int]) -> None:
     state = DeviceState(config.max_num_seqs, longest, block_size, device)
     steps, buffers = gpu_steps(config, state)
     if not config.args.enforce_eager:
-        capture_graphs(config, model, caches, buffers, longest, (share, shares))
+        capture_graphs(config, model, caches, steps, buffers, None, (share, shares))
     if share == shares - 1:  # its graphs are the smallest
         sampler = Sampler(kernels.draw)
         runner = ModelRunner(model, caches, state, steps, sampler, sampling=SamplingSlots(state.num_slots))

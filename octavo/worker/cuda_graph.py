@@ -1,12 +1,12 @@
-"""CUDA graphs of a step's first half, keyed by the padded number of token rows.
+"""CUDA graphs of steps, keyed by the padded number of token rows.
 
 A graph holds any mix of rows: attention is ragged and reads everything on the device. All graphs read
 the same buffers, `StepBuffers`. Whoever prepares a step writes it there, padded to the size of its
 graph, and the graph is replayed; a step prepared elsewhere is copied in first.
 
-There are two kinds of graphs. In one every request has few rows, as in decoding and verifying; the
-other also holds chunks of prompts, for which attention takes a second launch a layer. Steps with a
-chunk are rarer and longer, so there are fewer sizes of those.
+There are three kinds of graphs. In one every request has few rows, as in decoding and verifying. Another
+also holds chunks of prompts, for which attention takes a second launch a layer; the third reads prefixes
+that requests share once for all of them, which takes another launch too. There are fewer sizes of those.
 
 All graphs share one memory pool; the largest is captured first, so that the others fit into its
 memory. What a graph returns lives in that pool until the next replay of any graph.
@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from octavo.attention.backend import AttentionMetadata
+from octavo.attention.backend import AttentionMetadata, SharedPrefixes
+from octavo.worker.device_time import to_device
+from octavo.worker.prefix_groups import Grouping, num_tiles
 
 # forward(input_ids, metadata) -> [rows, hidden]; positions are the metadata's
 Forward = Callable[[torch.Tensor, AttentionMetadata], torch.Tensor]
@@ -29,6 +33,7 @@ Forward = Callable[[torch.Tensor, AttentionMetadata], torch.Tensor]
 # A request of at most so many rows is one that decodes or verifies, or a chunk as short as that.
 SHORT_ROWS = 16
 _CHUNK_SIZES = (32, 64, 128, 256, 384)  # padded rows of steps with a chunk, below the largest
+_SHARED_SIZES = (16, 32, 64, 128, 256)  # padded rows of steps whose requests share prefixes
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -48,11 +53,15 @@ class GraphSizes:
 
     short: tuple[int, ...]  # of steps without a chunk
     chunks: tuple[int, ...]  # of steps in which a request has more than SHORT_ROWS rows
+    shared: tuple[int, ...] = ()  # of steps without a chunk whose requests share prefixes
 
     @classmethod
-    def up_to(cls, most: int) -> GraphSizes:
-        """Up to `most` rows."""
-        return cls.of(graph_sizes(most))
+    def up_to(cls, most: int, shares: bool = False) -> GraphSizes:
+        """Up to `most` rows. `shares`: shared prefixes are read once."""
+        sizes = cls.of(graph_sizes(most))
+        if not shares:
+            return sizes
+        return cls(sizes.short, sizes.chunks, tuple(size for size in _SHARED_SIZES if size <= most))
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> GraphSizes:
@@ -62,9 +71,11 @@ class GraphSizes:
         chunks = {size for size in (*_CHUNK_SIZES, most) if SHORT_ROWS < size <= most}
         return cls(short, tuple(sorted(chunks)))
 
-    def padded(self, num_tokens: int, longest: int = 1) -> int | None:
+    def padded(self, num_tokens: int, longest: int = 1, shares: bool = False) -> int | None:
         """Rows that a step is padded to whose longest request has `longest`; None: no graph is that large."""
         sizes = self.short if longest <= SHORT_ROWS else self.chunks
+        if shares:
+            sizes = self.shared if longest <= SHORT_ROWS else ()
         index = bisect_left(sizes, num_tokens)
         return sizes[index] if index < len(sizes) else None
 
@@ -80,11 +91,20 @@ class StepBuffers:
     seq_lens: torch.Tensor  # [requests] int32
     table_rows: torch.Tensor  # [requests] int32
     block_table: torch.Tensor  # [table rows, max_blocks] int32
+    prefix_lengths: torch.Tensor  # [requests] int32; these three are SharedPrefixes'
+    prefix_rows: torch.Tensor  # [tiles * rows of a tile] int32
+    prefix_tiles: torch.Tensor  # [tiles, 2] int32
+    tile_rows: int  # rows of a tile
+    groups: Grouping | None = None  # what these three hold
 
     @classmethod
-    def allocate(cls, rows: int, requests: int, block_table: torch.Tensor) -> StepBuffers:
-        """Empty steps: no row belongs to a request. `block_table` is read where it is."""
+    def allocate(cls, rows: int, requests: int, block_table: torch.Tensor, tile_rows: int = 0) -> StepBuffers:
+        """Empty steps: no row belongs to a request. `block_table` is read where it is.
+
+        `tile_rows`: rows of a tile of shared prefixes; 0: there will be none.
+        """
         device = block_table.device
+        tiles = num_tiles(min(rows, _SHARED_SIZES[-1]), tile_rows) if tile_rows else 0
         return cls(
             torch.zeros(rows, dtype=torch.int64, device=device),
             torch.full((rows,), -1, dtype=torch.int64, device=device),
@@ -93,11 +113,25 @@ class StepBuffers:
             torch.zeros(requests, dtype=torch.int32, device=device),
             torch.zeros(requests, dtype=torch.int32, device=device),
             block_table,
+            torch.zeros(requests, dtype=torch.int32, device=device),
+            torch.full((tiles * tile_rows,), -1, dtype=torch.int32, device=device),
+            torch.zeros(tiles, 2, dtype=torch.int32, device=device),
+            tile_rows,
         )
 
-    def metadata(self, rows: int, requests: int, longest: int, max_seq_len: int) -> AttentionMetadata:
+    def metadata(
+        self, rows: int, requests: int, longest: int, max_seq_len: int, shares: bool = False
+    ) -> AttentionMetadata:
         """A step of so many rows and at most so many requests, the longest of which has `longest` rows."""
         requests = min(requests, len(self.seq_lens))
+        shared = None
+        if shares:
+            tiles = num_tiles(rows, self.tile_rows)
+            shared = SharedPrefixes(
+                self.prefix_lengths[:requests],
+                self.prefix_rows[: tiles * self.tile_rows],
+                self.prefix_tiles[:tiles],
+            )
         return AttentionMetadata(
             query_start_loc=self.query_start_loc[: requests + 1],
             seq_lens=self.seq_lens[:requests],
@@ -109,7 +143,18 @@ class StepBuffers:
             max_query_len=longest,
             max_seq_len=max_seq_len,
             table_rows=self.table_rows[:requests],
+            shared=shared,
         )
+
+    def share(self, groups: Grouping) -> None:
+        """The prefixes that steps from now on share. One copy, and the host does not wait."""
+        parts = groups.lengths, groups.rows, groups.tiles.reshape(-1)
+        sent = to_device(np.concatenate(parts), self.positions.device).split([len(part) for part in parts])
+        held = self.prefix_lengths, self.prefix_rows, self.prefix_tiles.view(-1)
+        for place, values, rest in zip(held, sent, (0, -1, 0), strict=True):
+            place[: len(values)] = values
+            place[len(values) :] = rest
+        self.groups = groups
 
     def holds(self, step: AttentionMetadata) -> bool:
         """True if the step was written into these buffers by whoever prepared it."""
@@ -121,6 +166,9 @@ class StepBuffers:
         self.positions.fill_(-1)
         self.slot_mapping.fill_(-1)
         self.seq_lens.zero_()
+        self.prefix_lengths.zero_()
+        self.prefix_tiles.zero_()
+        self.groups = None
 
     def fill(self, input_ids: torch.Tensor, step: AttentionMetadata, rows: int) -> None:
         """Copy a step in and pad it to `rows`. Launches only; the host does not wait."""
@@ -146,6 +194,33 @@ class GraphKey(NamedTuple):
 
     rows: int
     has_chunk: bool  # a request may have more than SHORT_ROWS rows
+    shares: bool = False  # prefixes may be shared
+
+
+class StepTail(Protocol):
+    """What graphs hold beside the forward. What it launches reads all that differs from memory."""
+
+    def covers(self, key: GraphKey) -> bool:
+        """True if this graph is to hold it."""
+        ...
+
+    def empty_step(self) -> None:
+        """The graph's launches are about to run once outside of it: for no request."""
+        ...
+
+    def before(self, key: GraphKey) -> None:
+        """Launches before the forward."""
+        ...
+
+    def behind(self, key: GraphKey, hidden: torch.Tensor) -> torch.Tensor:
+        """Launches behind it; returns the logits [rows, vocab_size] float32."""
+        ...
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    hidden: torch.Tensor
+    logits: torch.Tensor | None  # with a tail
 
 
 class CudaGraphs:
@@ -157,21 +232,26 @@ class CudaGraphs:
         sizes: GraphSizes,
         buffers: StepBuffers,
         max_seq_len: int,
+        tail: StepTail | None = None,
+        rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`max_seq_len`: the longest context."""
+        """`max_seq_len`: the longest context. `rehearsal`: in it a forward need only launch every kernel."""
         self._forward = forward
         self.sizes = sizes
         self._max_seq_len = max_seq_len
         self.buffers = buffers
-        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: Any = None  # torch's handle of the memory pool
+        self._tail = tail
+        self._rehearsal = rehearsal
+        self._graphs: dict[GraphKey, _Captured] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle()  # the memory that all graphs share
         self._stream = torch.cuda.Stream(buffers.positions.device)  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> list[GraphKey]:
         """All graphs, the largest first."""
         short = [GraphKey(size, False) for size in self.sizes.short]
-        return sorted(short + [GraphKey(size, True) for size in self.sizes.chunks], reverse=True)
+        shared = [GraphKey(size, False, True) for size in self.sizes.shared]
+        return sorted(short + shared + [GraphKey(size, True) for size in self.sizes.chunks], reverse=True)
 
     @property
     def num_captured(self) -> int:
@@ -185,20 +265,36 @@ class CudaGraphs:
 
     def capture(self, key: GraphKey) -> None:
         """Capture one graph. Kernels are compiled and buffers made by a first run outside of it."""
-        rows, has_chunk = key
+        rows, has_chunk, shares = key
         longest = rows if has_chunk else min(rows, SHORT_ROWS)
-        metadata = self.buffers.metadata(rows, rows, longest, self._max_seq_len)
+        metadata = self.buffers.metadata(rows, rows, longest, self._max_seq_len, shares)
         ids = self.buffers.input_ids[:rows]
         self.buffers.clear()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._forward(ids, metadata)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        tail = self._tail if self._tail is not None and self._tail.covers(key) else None
+
+        def work() -> tuple[torch.Tensor, torch.Tensor | None]:
+            if tail is None:
+                return self._forward(ids, metadata), None
+            tail.before(key)
             hidden = self._forward(ids, metadata)
-        self._pool = self._pool or graph.pool()
-        self._graphs[key] = graph, hidden
+            return hidden, tail.behind(key, hidden)
+
+        if tail is not None:
+            tail.empty_step()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), self._rehearsal():
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        # torch.cuda.graph would wait for the device and give cached memory back, for each graph anew.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool)
+            try:
+                hidden, logits = work()
+            finally:
+                graph.capture_end()
+        # All graphs' logits may lie in the same memory of the pool: this one's owner is the graph.
+        self._graphs[key] = _Captured(graph, hidden, None if logits is None else _same_memory(logits))
 
     def capture_all(self) -> None:
         """Every graph that is missing."""
@@ -210,11 +306,13 @@ class CudaGraphs:
 
         Raises KeyError if the step's size was not captured.
         """
-        rows = self.sizes.padded(step.num_tokens, step.max_query_len)
-        key = GraphKey(rows or 0, step.max_query_len > SHORT_ROWS)
+        shares = step.shared is not None
+        rows = self.sizes.padded(step.num_tokens, step.max_query_len, shares)
+        key = GraphKey(rows or 0, step.max_query_len > SHORT_ROWS, shares)
         if key not in self._graphs:
             raise KeyError(f"no graph for a step of {step.num_tokens} rows")
-        graph, hidden = self._graphs[key]
+        graph, hidden, logits = self._graphs[key]
+        assert logits is None, "this graph prepares its own step: run it"
         if not self.buffers.holds(step):
             self.buffers.fill(input_ids, step, key.rows)
         elif input_ids.data_ptr() != self.buffers.input_ids.data_ptr():  # they were changed since
@@ -222,7 +320,38 @@ class CudaGraphs:
         graph.replay()
         return hidden[: step.num_tokens]
 
+    def replays(self, step: AttentionMetadata) -> bool:
+        """True if `replay` has a graph for this step."""
+        rows = self.sizes.padded(step.num_tokens, step.max_query_len)
+        found = self._graphs.get(GraphKey(rows or 0, step.max_query_len > SHORT_ROWS))
+        return found is not None and found.logits is None
+
+    def has(self, key: GraphKey) -> bool:
+        """True if it is captured."""
+        return key in self._graphs
+
+    def run(self, key: GraphKey) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Launch a graph as it is; returns (hidden, logits) of all its rows, valid until the next one."""
+        graph, hidden, logits = self._graphs[key]
+        graph.replay()
+        return hidden, logits
+
     def release(self) -> None:
         """Give the graphs and their memory back."""
         self._graphs.clear()
-        self._pool = None
+
+
+class _Memory:
+    """Device memory under the protocol by which libraries hand arrays to one another."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        assert tensor.is_contiguous()
+        assert tensor.dtype == torch.float32
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape), "typestr": "<f4", "data": (tensor.data_ptr(), False), "version": 2,
+        }  # fmt: skip
+
+
+def _same_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 tensor over the same memory that does not keep it from being used by others."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device)

@@ -19,6 +19,7 @@ from octavo.speculation.rejection import DraftDistributions
 from octavo.worker.gpu_build import gpu_draft_model
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.kv_cache import DraftMemory, MemoryPlan, allocate_kv_caches, kv_block_bytes
+from octavo.worker.step_math import StepMath
 
 # Rows in which the draft model catches up in one step. On a GPU 4096 of a small model take about as long
 # as a few decode steps of a large one, and a prompt that is caught up slowly goes without drafts longer.
@@ -81,10 +82,9 @@ def build_draft_model(
     sampler: Sampler,
     sampling: SamplingSlots,
     distributions: DraftDistributions | None,
-    *,
-    with_triton: bool = False,
+    steps: StepMath,
 ) -> DraftModel:
-    """The draft model, loaded, with its KV cache. `with_triton`: the GPU's own kernels are there."""
+    """The draft model, loaded, with its KV cache. `steps`: the target's."""
     draft, args = config.draft, config.args
     assert draft is not None
     device = state.device
@@ -95,8 +95,11 @@ def build_draft_model(
     )
     network: DraftNetwork = model
     passes: DraftPasses
-    if with_triton:
-        network, passes = gpu_draft_model(config, model, caches, state)
+    draws = getattr(steps, "draws", None)  # GpuStep's: Triton's kernels are there
+    if draws is not None:
+        network, passes = gpu_draft_model(
+            config, model, caches, state, sampling, draws, distributions is not None
+        )
     elif device.type == "cpu":
         passes = CpuDraftPasses(state, args.block_size)
     else:

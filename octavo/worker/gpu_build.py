@@ -7,8 +7,8 @@ first asked for: a machine without a GPU never comes there.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,15 +22,20 @@ from octavo.kernels import triton as triton_kernels
 from octavo.layers.ops import Kernels
 from octavo.models.decoder import CausalLM
 from octavo.platform import gpu_memory
+from octavo.sampling.batch import SamplingSlots
 from octavo.sampling.sampler import DrawKernels
+from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance
 from octavo.speculation.lookup import MIN_MATCH
 from octavo.speculation.proposer import Proposer
 from octavo.worker.cuda_graph import CudaGraphs, Forward, GraphSizes, StepBuffers
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
+from octavo.worker.prefix_groups import PrefixGroups
 from octavo.worker.step_math import StepMath
 
-if TYPE_CHECKING:  # it imports Triton
+if TYPE_CHECKING:  # they import Triton
+    from octavo.kernels.triton.step import SlotDraws
     from octavo.worker.gpu_draft_passes import GpuDraftPasses
+    from octavo.worker.whole_step import WholeSteps
 
 GRAPH_ROWS = 512  # steps of more rows hide their launches behind matrices
 DETERMINISTIC_ROWS = 128  # up to so many rows one family of kernels computes every row alike
@@ -149,16 +154,29 @@ def check_gpu_is_free(budget: int, share: float) -> None:
 
 def graph_sizes_of(config: EngineConfig) -> GraphSizes:
     """The sizes that graphs are captured for."""
-    return GraphSizes.up_to(min(GRAPH_ROWS, config.max_num_batched_tokens))
+    return GraphSizes.up_to(min(GRAPH_ROWS, config.max_num_batched_tokens), shares_prefixes(config))
+
+
+def shares_prefixes(config: EngineConfig) -> bool:
+    """True if prefixes that requests share are read once. A row's last bits then depend on who shares."""
+    return not config.args.deterministic and set(config.model.sliding_windows) == {None}
 
 
 def gpu_steps(config: EngineConfig, state: DeviceState) -> tuple[StepMath, StepBuffers]:
     """The arithmetic around a forward, and the buffers it writes each step into."""
+    from octavo.kernels.triton import attention, shared
     from octavo.worker.gpu_step import GpuStep
 
     rows, requests = config.max_num_batched_tokens, state.num_slots
-    buffers = StepBuffers.allocate(rows, requests, state.block_table)
-    return GpuStep(state, buffers, graph_sizes_of(config)), buffers
+    if not shares_prefixes(config):
+        buffers = StepBuffers.allocate(rows, requests, state.block_table)
+        return GpuStep(state, buffers, graph_sizes_of(config)), buffers
+    tile_rows = shared.tile_rows(config.model.num_heads // config.model.num_kv_heads)
+    buffers = StepBuffers.allocate(rows, requests, state.block_table, tile_rows)
+    prefixes = PrefixGroups(
+        requests, state.block_table.shape[1], state.block_size, tile_rows, attention.GROUP
+    )
+    return GpuStep(state, buffers, graph_sizes_of(config), prefixes), buffers
 
 
 def gpu_lookup(state: DeviceState, *, prompt: bool, min_match: int = MIN_MATCH) -> Proposer:
@@ -177,16 +195,36 @@ def capture_graphs(
     config: EngineConfig,
     model: CausalLM,
     kv_caches: list[torch.Tensor],
+    steps: StepMath,
     buffers: StepBuffers,
-    max_model_len: int,
+    acceptance: Acceptance | None,
     share: tuple[int, int] = (0, 1),
-) -> CudaGraphs:
-    """All graphs of the target's forward; with share (i, n) the i-th of n parts of them."""
-    graphs = CudaGraphs(_forward_of(model, kv_caches), graph_sizes_of(config), buffers, max_model_len)
+) -> tuple[CudaGraphs, WholeSteps]:
+    """All graphs of the target's steps; with share (i, n) the i-th of n parts of them."""
+    from octavo.worker.gpu_step import GpuStep
+    from octavo.worker.whole_step import WholeSteps
+
+    assert isinstance(steps, GpuStep)
+    synthetic = acceptance if isinstance(acceptance, SyntheticAcceptance) else None
+    sizes = graph_sizes_of(config)
+    whole = WholeSteps(steps, buffers, model, whole_step_rows(config), synthetic)
+    graphs = CudaGraphs(
+        _forward_of(model, kv_caches), sizes, buffers, model.max_model_len, whole, _rehearsal_of(model)
+    )
     with torch.inference_mode():
         for key in graphs.missing[share[0] :: share[1]]:
             graphs.capture(key)
-    return graphs
+    return graphs, whole
+
+
+def whole_step_rows(config: EngineConfig) -> int:
+    """Rows of the largest graph that ends with tokens: one for each row there may be to draw."""
+    sizes = graph_sizes_of(config)
+    return sizes.padded(config.max_num_seqs * (1 + _most_drafts(config))) or sizes.short[-1]
+
+
+def _most_drafts(config: EngineConfig) -> int:
+    return 0 if config.speculative is None else config.speculative.num_speculative_tokens or MAX_DRAFTS
 
 
 def _forward_of(model: CausalLM, kv_caches: list[torch.Tensor]) -> Forward:
@@ -194,6 +232,14 @@ def _forward_of(model: CausalLM, kv_caches: list[torch.Tensor]) -> Forward:
         return model.forward(input_ids, metadata.positions, ForwardContext(metadata, kv_caches))
 
     return forward
+
+
+def _rehearsal_of(model: CausalLM) -> Callable[[], AbstractContextManager[None]]:
+    """In it a forward of this model launches every kernel, and not every layer."""
+    from octavo.kernels.triton.decoder import FusedDecoder
+
+    decoder = getattr(model.fused, "__self__", None)
+    return decoder.rehearsal if isinstance(decoder, FusedDecoder) else nullcontext
 
 
 class GraphedNetwork:
@@ -207,7 +253,7 @@ class GraphedNetwork:
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """[num_tokens, hidden], valid until the next pass"""
         step = ctx.attention
-        if self._graphs.sizes.padded(step.num_tokens, step.max_query_len):
+        if self._graphs.replays(step):
             return self._graphs.replay(input_ids, step)
         return self._model.forward(input_ids, positions, ctx)
 
@@ -217,19 +263,37 @@ class GraphedNetwork:
 
 
 def gpu_draft_model(
-    config: EngineConfig, model: CausalLM, kv_caches: list[torch.Tensor], state: DeviceState
+    config: EngineConfig,
+    model: CausalLM,
+    kv_caches: list[torch.Tensor],
+    state: DeviceState,
+    sampling: SamplingSlots,
+    draws: SlotDraws,
+    records: bool,
 ) -> tuple[GraphedNetwork | CausalLM, GpuDraftPasses]:
-    """A loaded draft model with its passes, and with graphs unless the user wants none."""
+    """A loaded draft model with its passes, and with graphs unless the user wants none.
+
+    `records`: what drafts are drawn from is recorded.
+    """
     from octavo.worker.gpu_draft_passes import GpuDraftPasses
+    from octavo.worker.whole_pass import WholePasses
 
     rows = 2 * config.max_num_seqs
     sizes = None if config.args.enforce_eager else GraphSizes.up_to(min(GRAPH_ROWS, rows))
     passes = GpuDraftPasses(state, sizes, max_rows=rows + max(GRAPH_ROWS, config.max_num_batched_tokens))
     if sizes is None:
         return model, passes
-    graphs = CudaGraphs(_forward_of(model, kv_caches), sizes, passes.buffers, model.max_model_len)
+    whole = None
+    if model.config.vocab_size == config.model.vocab_size:  # another vocabulary is fitted outside of a graph
+        whole = WholePasses(passes.tables, draws, passes.buffers, model, sizes.short[-1])
+    graphs = CudaGraphs(
+        _forward_of(model, kv_caches), sizes, passes.buffers, model.max_model_len, whole, _rehearsal_of(model)
+    )
     with torch.inference_mode():
         graphs.capture_all()
+    if whole is not None:
+        whole.graphs = graphs
+        passes.use_graphs(whole, sampling, records)
     return GraphedNetwork(model, graphs), passes
 
 
@@ -241,13 +305,25 @@ def gpu_workspace(config: EngineConfig, longest: int) -> int:
     q_and_kv = (heads + 2 * model.num_kv_heads) * model.head_dim
     a_row = (2 * hidden + max(3 * width, q_and_kv + 2 * heads * model.head_dim)) * itemsize
     sizes = graph_sizes_of(config)
-    results = sum(sizes.short + sizes.chunks) * hidden * itemsize  # what each graph returns
-    drafts = 0 if config.speculative is None else config.speculative.num_speculative_tokens or MAX_DRAFTS
-    sampled = min(config.max_num_seqs * (1 + drafts), max(rows, config.max_num_seqs))
-    logits = sampled * model.vocab_size * 4
+    results = sum(sizes.short + sizes.chunks + sizes.shared) * hidden * itemsize  # what each graph returns
+    sampled = min(config.max_num_seqs * (1 + _most_drafts(config)), max(rows, config.max_num_seqs))
+    logits = (sampled + whole_step_rows(config)) * model.vocab_size * 4
     # octavo/kernels/triton/decoder.py: partial sums of products, and of attention's shared groups
     few = DETERMINISTIC_ROWS if config.args.deterministic else 64
     products = (16 * hidden + 4 * max(q_and_kv, 2 * width)) * few * 4
     shared = 32 * heads * -(-longest // 128) * (model.head_dim + 2) * 4
+    prefixes = max(sizes.shared, default=0) * heads * 8 * (model.head_dim + 2) * 4
+    earlier = min(65_536, config.max_num_seqs * longest)  # octavo/kernels/triton/prompt.py: gathered
+    gathered = earlier * 2 * model.num_kv_heads * model.head_dim * itemsize
     rotary = 2 * longest * (model.head_dim // 2) * 4
-    return CONTEXT + (rows + graphed) * a_row + results + logits + products + shared + rotary
+    return (
+        CONTEXT
+        + (rows + graphed) * a_row
+        + results
+        + logits
+        + products
+        + shared
+        + prefixes
+        + gathered
+        + rotary
+    )

@@ -12,10 +12,12 @@ import torch
 
 from octavo.core.messages import DraftGroup, DraftRows
 from octavo.kernels.triton import draft as kernels
+from octavo.sampling.batch import SamplingSlots
 from octavo.speculation.draft_passes import BlockTables, IntArray, PassInputs
 from octavo.worker.cuda_graph import GraphSizes, StepBuffers
 from octavo.worker.device_time import to_device
 from octavo.worker.input_batch import DeviceState
+from octavo.worker.whole_pass import WholePasses
 
 
 class GpuDraftPasses:
@@ -42,6 +44,19 @@ class GpuDraftPasses:
         self._depth = 0
         self._table = self._later  # of the pass being computed
         self._out: kernels.PassRows | None = None
+        self._whole: WholePasses | None = None
+        self._sampling: SamplingSlots | None = None
+        self._records = False
+        self._by_graph = False  # this step's passes are whole graphs
+
+    def use_graphs(self, whole: WholePasses, sampling: SamplingSlots, records: bool) -> None:
+        """From now on passes of few rows are whole graphs. `records`: somebody wants to see their logits."""
+        self._whole, self._sampling, self._records = whole, sampling, records
+
+    @property
+    def tables(self) -> kernels.DraftSlots:
+        """The slot tables, the draft model's own among them."""
+        return self._tables
 
     @property
     def from_model(self) -> torch.Tensor:
@@ -76,21 +91,51 @@ class GpuDraftPasses:
         later = np.zeros((len(order), kernels.PASS_COLUMNS), dtype=np.int32)
         later[:, 0], later[:, 2], later[:, 4] = self._slots, 1, 1
         later[:, 3] = later[:, 5] = np.arange(len(order))
+        self._by_graph = False
+        if self._whole is not None and self._sampling is not None:
+            only_draws = not self._records and self._sampling.only_draw(slots[wants])
+            self._by_graph = self._whole.begin(table, later, self._counts, only_draws)
+        self._depth = 0
+        if self._by_graph:
+            return self._launch(slots[wants])
         sent = to_device(np.concatenate((table, later)), self._device)
         self._later = sent[len(table) :]
-        self._depth = 0
         return self._inputs(sent[: len(table)], slots[wants], int(widths.sum()), int(widths.max()))
 
     def next(self) -> PassInputs | None:
         """See DraftPasses."""
         self._depth += 1
         count = int((self._counts > self._depth).sum())
+        if self._by_graph:
+            return self._launch(self._slots[:count]) if count else None
         return self._inputs(self._later[:count], self._slots[:count], count, 1) if count else None
 
     def draft(self, inputs: PassInputs, drawn: torch.Tensor | None) -> None:
         """See DraftPasses."""
+        if self._by_graph:
+            assert self._whole is not None
+            self._whole.take(self._depth, drawn)
+            return
         assert self._out is not None
         kernels.take(self._tables, self._table, self._out, drawn, self._depth)
+
+    def time(self, num_rows: int) -> bool:
+        """See DraftPasses."""
+        return self._whole is not None and self._whole.time(num_rows)
+
+    def _launch(self, logits_slots: IntArray) -> PassInputs:
+        assert self._whole is not None
+        count = len(logits_slots)
+        num_rows = self._whole.launch(self._depth)
+        return PassInputs(
+            input_ids=self.buffers.input_ids[:num_rows],
+            metadata=None,
+            logits_rows=self.buffers.positions[:0],
+            logits_slots=logits_slots,
+            draw_positions=self._whole.draw_positions(count),
+            computed=True,
+            logits=self._whole.logits(self._depth, count),
+        )
 
     def _inputs(self, table: torch.Tensor, logits_slots: IntArray, num_rows: int, longest: int) -> PassInputs:
         entries, num_logits = len(table), len(logits_slots)

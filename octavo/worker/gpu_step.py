@@ -7,43 +7,97 @@ lie in the buffers that the CUDA graphs read, padded to the size of the step's g
 
 from __future__ import annotations
 
-from dataclasses import replace
+import struct
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from octavo.core.messages import RowKind, SchedulerOutput
+from octavo.core.messages import NewSlot, RowKind, SchedulerOutput
 from octavo.kernels.triton import step as kernels
-from octavo.kernels.triton.prompt import LEAST_ROWS
+from octavo.kernels.triton.prompt import LEAST_ROWS, MOST_GATHERED
 from octavo.worker.cuda_graph import GraphSizes, StepBuffers
 from octavo.worker.device_time import to_device
 from octavo.worker.input_batch import DeviceState
+from octavo.worker.prefix_groups import Ints, PrefixGroups
 from octavo.worker.step_math import StepInputs, Verdict
 
 _ROWS_ROUND_UP = 256  # of steps without a graph
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """The rows of a step in numbers. R requests, L rows of logits."""
+
+    table: npt.NDArray[np.int32]  # [R, kernels.ROW_COLUMNS]
+    num_tokens: int
+    longest: int  # most rows of one request
+    num_logits: int  # L
+    width: int  # most rows of logits of one request
+    num_sampled: int
+    logits_slots: npt.NDArray[np.int64]  # [L]
+    is_verify: bool  # every request decodes or verifies
+    is_dense: bool  # and every row has a row of logits
+
+    @classmethod
+    def of(cls, out: SchedulerOutput) -> RowTable:
+        """Without a loop over rows."""
+        num_reqs = len(out.rows)
+        rows = np.fromiter(chain.from_iterable(out.rows), dtype=np.int32, count=4 * num_reqs).reshape(-1, 4)
+        slots, num_rows, samples = rows[:, 0], rows[:, 1], rows[:, 3] != 0
+        is_verify = rows[:, 2] == RowKind.VERIFY
+        columns = np.where(is_verify, num_rows, 1) * samples  # rows of logits
+        table = np.empty((num_reqs, kernels.ROW_COLUMNS), dtype=np.int32)
+        table[:, 0], table[:, 1], table[:, 2] = slots, num_rows, is_verify
+        table[:, 3] = np.cumsum(num_rows) - num_rows
+        table[:, 4] = np.cumsum(columns) - columns
+        table[:, 5] = np.where(samples, np.cumsum(samples) - 1, -1)
+        all_verify = bool(is_verify.all())
+        return cls(
+            table=table,
+            num_tokens=int(num_rows.sum()),
+            longest=int(num_rows.max()),
+            num_logits=int(columns.sum()),
+            width=int(columns.max()),
+            num_sampled=int(samples.sum()),
+            logits_slots=np.repeat(slots, columns).astype(np.int64),
+            is_verify=all_verify,
+            is_dense=all_verify and bool(samples.all()),
+        )
 
 
 class GpuStep:
     """See StepMath."""
 
     def __init__(
-        self, state: DeviceState, buffers: StepBuffers | None = None, sizes: GraphSizes | None = None
+        self,
+        state: DeviceState,
+        buffers: StepBuffers | None = None,
+        sizes: GraphSizes | None = None,
+        prefixes: PrefixGroups | None = None,
     ) -> None:
-        """`buffers` must hold the largest step; None: each step gets its own. `sizes`: None: no graphs."""
-        self._state = state
+        """`buffers` must hold the largest step; None: each step gets its own. `sizes`: None: no graphs.
+
+        `prefixes`: finds prefixes that requests share, for steps that have a graph; None: nobody looks.
+        """
+        self.state = state
         self._buffers = buffers
         self._sizes = sizes
+        self._prefixes = prefixes
         self._rows = torch.empty(0, kernels.ROW_COLUMNS, dtype=torch.int32)  # of the step being computed
         self._chunk_start = [0] * state.num_slots  # where each slot's next chunk begins
         self._num_sampled = 0
         self._width = 0
+        self._described: tuple[SchedulerOutput, RowTable] | None = None
+        self.draws = kernels.SlotDraws.allocate(state.num_slots, state.device)
 
     def change_slots(self, out: SchedulerOutput) -> None:
         """See StepMath. One copy and one kernel, and nothing where nothing changed."""
         if not (out.freed_slots or out.new_slots or out.new_blocks):
             return
-        state = self._state
+        state = self.state
         entering = {new.slot for new in out.new_slots}
         widest = max((len(new.stop_token_ids) for new in out.new_slots), default=0)
         state.widen_stop_ids(widest)
@@ -59,39 +113,46 @@ class GpuStep:
         for new in out.new_slots:
             counters = [len(new.token_ids), new.num_computed_tokens, new.limit]
             stops = list(new.stop_token_ids)
-            add(kernels.ENTER, new.slot, 0, counters + stops, len(stops))
+            add(kernels.ENTER, new.slot, 0, counters + _draw_bits(new) + stops, len(stops))
             add(kernels.SET_TOKENS, new.slot, 0, new.token_ids, len(new.token_ids))
             add(kernels.SET_BLOCKS, new.slot, 0, new.block_ids, len(new.block_ids))
             state.num_blocks[new.slot] = len(new.block_ids)
             self._chunk_start[new.slot] = new.num_computed_tokens
+            if self._prefixes is not None:
+                self._prefixes.enter(new.slot, new.block_ids)
         for slot, block_ids in out.new_blocks:
             add(kernels.SET_BLOCKS, slot, state.num_blocks[slot], block_ids, len(block_ids))
             state.num_blocks[slot] += len(block_ids)
+            if self._prefixes is not None:
+                self._prefixes.append(slot, block_ids)
         table = np.array(changes, dtype=np.int32)
         sent = to_device(np.concatenate((table.reshape(-1), np.array(values, dtype=np.int32))), state.device)
         size = table.size
         longest = int(table[:, 3].max())
-        kernels.change(slot_tables(state), sent[:size].view(-1, kernels.CHANGE_COLUMNS), sent[size:], longest)
+        kernels.change(
+            slot_tables(state), self.draws, sent[:size].view(-1, kernels.CHANGE_COLUMNS), sent[size:], longest
+        )
+
+    def describe(self, out: SchedulerOutput) -> RowTable:
+        """The rows of a step, as its kernels want them."""
+        if self._described is None or self._described[0] is not out:
+            self._described = out, RowTable.of(out)
+        return self._described[1]
+
+    def adopt(self, out: SchedulerOutput, rows: RowTable, table: torch.Tensor) -> None:
+        """The step was prepared elsewhere; `table` is its rows' table on the device."""
+        self._rows, self._width, self._num_sampled = table, rows.width, rows.num_sampled
+        if not rows.is_dense:
+            self._long_chunks(out)
 
     def prepare(self, out: SchedulerOutput) -> StepInputs:
         """See StepMath."""
-        state = self._state
-        num_reqs = len(out.rows)
-        rows = np.fromiter(chain.from_iterable(out.rows), dtype=np.int32, count=4 * num_reqs).reshape(-1, 4)
-        slots, num_rows, samples = rows[:, 0], rows[:, 1], rows[:, 3] != 0
-        is_verify = rows[:, 2] == RowKind.VERIFY
-        columns = np.where(is_verify, num_rows, 1) * samples  # rows of logits
-        table = np.empty((num_reqs, kernels.ROW_COLUMNS), dtype=np.int32)
-        table[:, 0], table[:, 1], table[:, 2] = slots, num_rows, is_verify
-        table[:, 3] = np.cumsum(num_rows) - num_rows
-        table[:, 4] = np.cumsum(columns) - columns
-        table[:, 5] = np.where(samples, np.cumsum(samples) - 1, -1)
-        num_tokens, num_logits = int(num_rows.sum()), int(columns.sum())
-        longest, self._width = int(num_rows.max()), int(columns.max())
-        self._num_sampled = int(samples.sum())
-        self._rows = to_device(table, state.device)
+        state, rows = self.state, self.describe(out)
+        num_reqs, num_tokens, num_logits = len(rows.table), rows.num_tokens, rows.num_logits
+        longest, self._width, self._num_sampled = rows.longest, rows.width, rows.num_sampled
+        self._rows = to_device(rows.table, state.device)
 
-        padded = self._sizes.padded(num_tokens, longest) if self._sizes is not None else None
+        padded, shares = self.graph_of(rows)
         buffers = self._buffers or StepBuffers.allocate(num_tokens, num_reqs, state.block_table)
         padded_rows, padded_reqs, run_rows = num_tokens, num_reqs, num_tokens
         if padded is not None:
@@ -112,11 +173,11 @@ class GpuStep:
             ),
             num_tokens, longest, padded_rows, padded_reqs, max(1, self._width),
         )  # fmt: skip
-        max_blocks = max(state.num_blocks[slot] for slot in slots.tolist())
-        metadata = buffers.metadata(run_rows, num_reqs, longest, max_blocks * state.block_size)
-        if not is_verify.all():
+        max_blocks = max(state.num_blocks[slot] for slot in rows.table[:, 0].tolist())
+        metadata = buffers.metadata(run_rows, num_reqs, longest, max_blocks * state.block_size, shares)
+        if not rows.is_verify:
             metadata = replace(
-                metadata, whole_prompts=self._whole_prompts(out), min_query_len=int(num_rows.min())
+                metadata, long_chunks=self._long_chunks(out), min_query_len=int(rows.table[:, 1].min())
             )
         return StepInputs(
             input_ids=buffers.input_ids[:run_rows],
@@ -124,24 +185,45 @@ class GpuStep:
             metadata=metadata,
             num_valid=num_valid,
             logits_rows=logits_rows,
-            logits_slots=np.repeat(slots, columns).astype(np.int64),
+            logits_slots=rows.logits_slots,
             draw_positions=draw_positions,
         )
 
-    def _whole_prompts(self, out: SchedulerOutput) -> tuple[tuple[int, int, int], ...]:
-        """See AttentionMetadata: those that are long enough for it to matter."""
+    def graph_of(self, rows: RowTable) -> tuple[int | None, bool]:
+        """(rows that the step is padded to, None without a graph; whether its requests share prefixes)."""
+        if self._sizes is None:
+            return None, False
+        sharing = self._sizes.padded(rows.num_tokens, rows.longest, True)
+        if sharing is not None and self._share(rows.table[:, 0], rows.table[:, 1]):
+            return sharing, True
+        return self._sizes.padded(rows.num_tokens, rows.longest), False
+
+    def _share(self, slots: Ints, num_rows: Ints) -> bool:
+        """True if requests of this step share prefixes; the buffers hold which."""
+        if self._prefixes is None or self._buffers is None:
+            return False
+        starts = np.array([self._chunk_start[slot] for slot in slots.tolist()], dtype=np.int32)
+        groups = self._prefixes.find(slots, num_rows, starts)
+        if groups is not None and groups is not self._buffers.groups:
+            self._buffers.share(groups)
+        return groups is not None
+
+    def _long_chunks(self, out: SchedulerOutput) -> tuple[tuple[int, int, int, int], ...]:
+        """See AttentionMetadata."""
         found, first = [], 0
         for slot, num_rows, kind, _ in out.rows:
             if kind is RowKind.CHUNK:
-                if num_rows >= LEAST_ROWS and self._chunk_start[slot] == 0:
-                    found.append((slot, first, num_rows))
+                if num_rows >= LEAST_ROWS:
+                    found.append((slot, first, num_rows, self._chunk_start[slot]))
                 self._chunk_start[slot] += num_rows
             first += num_rows
+        if sum(start for *_, start in found) > MOST_GATHERED:
+            found = [chunk for chunk in found if chunk[3] == 0]
         return tuple(found)
 
     def finish(self, out: SchedulerOutput, inputs: StepInputs, drawn: torch.Tensor | None) -> Verdict | None:
         """See StepMath."""
-        device = self._state.device
+        device = self.state.device
         if drawn is None:
             drawn = torch.empty(0, dtype=torch.int64, device=device)
         sampled, width = self._num_sampled, max(1, self._width)
@@ -150,8 +232,15 @@ class GpuStep:
             result[: sampled * width].view(sampled, width),
             result[sampled * width :].view(4, sampled),
         )
-        kernels.finish(slot_tables(self._state), self._rows, inputs.num_valid, drawn, tokens, numbers)
+        kernels.finish(slot_tables(self.state), self._rows, inputs.num_valid, drawn, tokens, numbers)
         return Verdict(tokens, numbers, result) if sampled else None
+
+
+def _draw_bits(new: NewSlot) -> list[int]:
+    """A request's temperature and seed as three int32."""
+    temperature = 0.0 if new.params.is_greedy else new.params.temperature
+    bits = struct.pack("<fQ", temperature, new.seed & 0xFFFF_FFFF_FFFF_FFFF)
+    return list(struct.unpack("<iii", bits))
 
 
 def slot_tables(state: DeviceState) -> kernels.SlotTables:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from octavo.core.messages import NewSlot, PromptLogprobs, RowKind, SchedulerOutp
 from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import Bitmask, SamplingBatch, SamplingSlots, compile_params
 from octavo.sampling.sampler import AskedLogprobs, Drawn, Sampler
-from octavo.speculation.acceptance import Acceptance, VerifyRows
+from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance, VerifyRows
 from octavo.speculation.continued import ContinuedProposer
 from octavo.speculation.draft_model import DraftModel
 from octavo.speculation.proposer import Proposer
@@ -29,6 +30,9 @@ from octavo.worker.device_time import Mark
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
 from octavo.worker.pending import PendingOutput, PendingPasses
 from octavo.worker.step_math import StepInputs, StepMath, Verdict
+
+if TYPE_CHECKING:  # it imports Triton
+    from octavo.worker.whole_step import WholeStep, WholeSteps
 
 # slot -> bit masks of its rows of logits, int32 [rows of the slot, words]
 GrammarMasks = Mapping[int, npt.NDArray[np.int32]]
@@ -47,6 +51,7 @@ class _Launched:
     logits: torch.Tensor | None  # [L, vocab_size] float32; None if nothing is sampled
     prompt_logprobs: list[PromptLogprobs | None]
     started: Mark
+    verdict: Verdict | None = None  # the graph of the step ended with it
 
 
 class ModelRunner:
@@ -64,7 +69,9 @@ class ModelRunner:
         acceptance: Acceptance | None = None,
         sampling: SamplingSlots | None = None,
         draft_model: DraftModel | None = None,
+        whole_steps: WholeSteps | None = None,
     ) -> None:
+        """`whole_steps`: what the graphs of short steps hold beside the forward."""
         self.model = model
         self.state = state
         self._steps = steps
@@ -72,6 +79,7 @@ class ModelRunner:
         self._sampler = sampler
         self._proposer = proposer
         self._graphs = graphs
+        self._whole_steps = whole_steps
         self._acceptance = acceptance  # None: replay
         self.num_replayed = self.num_eager = 0  # forwards by graph, and without one
         self._sampling = sampling or SamplingSlots(state.num_slots)
@@ -87,15 +95,31 @@ class ModelRunner:
         assert self._launched is None, "the step before was not sampled"
         started = Mark(self.state.device)
         self.change(out)
-        inputs = self._steps.prepare(out)
-        hidden = self._forward(inputs.input_ids, inputs.metadata)
-        logits = None
-        if len(inputs.logits_rows):
-            all_rows = len(inputs.logits_rows) == len(hidden)
-            logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
+        whole = self._launch_whole(out)
+        if whole is not None:
+            inputs, hidden, logits = whole.inputs, whole.hidden, whole.logits
+        else:
+            inputs = self._steps.prepare(out)
+            assert inputs.metadata is not None
+            hidden, logits = self._forward(inputs.input_ids, inputs.metadata), None
+            if len(inputs.logits_rows):
+                all_rows = len(inputs.logits_rows) == len(hidden)
+                logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
         asked = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
         prompt_logprobs = [asked.get(index) for index in range(len(out.rows))]
-        self._launched = _Launched(out, inputs, logits, prompt_logprobs, started)
+        verdict = None if whole is None else whole.verdict
+        self._launched = _Launched(out, inputs, logits, prompt_logprobs, started, verdict)
+
+    def _launch_whole(self, out: SchedulerOutput) -> WholeStep | None:
+        """The step as one graph with its head, and with draw and verdict where those are plain."""
+        if self._whole_steps is None or self._graphs is None:
+            return None
+        acceptance, slots = self._acceptance, [rows.slot for rows in out.rows]
+        by_comparison = acceptance is None or isinstance(acceptance, SyntheticAcceptance)
+        only_draws = by_comparison and not out.needs_mask and self._sampling.only_draw(np.array(slots))
+        whole = self._whole_steps.launch(self._graphs, out, only_draws)
+        self.num_replayed += whole is not None
+        return whole
 
     @property
     def proposes(self) -> bool:
@@ -126,9 +150,11 @@ class ModelRunner:
         assert launched is not None, "no forward to sample from"
         self._launched = None
         out, inputs = launched.out, launched.inputs
-        verdict: Verdict | None = None
+        verdict = launched.verdict
         logprobs: AskedLogprobs | None = None
-        if launched.logits is None:
+        if verdict is not None:
+            pass
+        elif launched.logits is None:
             self._steps.finish(out, inputs, None)
         else:
             grammar = _grammar_rows(masks, inputs.logits_slots) if masks else None
@@ -184,7 +210,9 @@ class ModelRunner:
         repeats = 1 if device.type == "cpu" else 4
         started = Mark(device)
         for _ in range(repeats):
-            self.model.logits(self._forward(ids, metadata))
+            whole, graphs = self._whole_steps, self._graphs
+            if whole is None or graphs is None or not whole.time(graphs, num_rows):
+                self.model.logits(self._forward(ids, metadata))
         ended = Mark(device)
         ended.wait()
         return started.seconds_until(ended) / repeats

@@ -30,7 +30,7 @@ class StepInputs:
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, -1 for padding
-    metadata: AttentionMetadata
+    metadata: AttentionMetadata | None  # None: the forward was launched with it
     num_valid: torch.Tensor  # [R] int64, rows that are not padding
     logits_rows: torch.Tensor  # [L] int64, the token row each row of logits is computed from
     logits_slots: IntArray  # [L]

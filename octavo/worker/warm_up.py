@@ -53,8 +53,8 @@ def warm_up(
             if rows <= max_step_rows:
                 _draw_all(runner.model, sampler, rows)
         _run_steps(runner, max_step_rows, block_size, num_blocks, num_draft_blocks)
-        longest = min(max_step_rows, runner.model.max_model_len)
-        prompt.warm_up(runner.model.attention_specs[0], runner.model.dtype, runner.model.device, longest)
+        weights = torch.empty(0, dtype=runner.model.dtype, device=runner.model.device)
+        prompt.warm_up(runner.model.attention_specs[0], block_size, weights)
         torch.cuda.synchronize()
     runner.num_replayed = runner.num_eager = 0
 

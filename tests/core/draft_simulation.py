@@ -17,6 +17,7 @@ from itertools import count as steps_from
 from octavo.core.acceptance import MAX_DRAFTS
 from octavo.core.cost_model import CostModel
 from octavo.core.draft_plan import DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
+from octavo.core.messages import DraftPasses
 
 Rate = Callable[[int, int], float]  # (draft position, token index) -> conditional acceptance
 
@@ -137,11 +138,17 @@ class Fixed:
     ) -> DraftState:
         return DraftState(request_id, None, None, self.count)
 
+    def rests(self, num_requests: int) -> bool:
+        return False
+
     def plan(self, facts: StepFacts) -> DraftPlan:
         counts = [min(self.count, room) for room in facts.rooms]
         return DraftPlan(facts.states, counts, passes=max(counts, default=0))
 
     def observe(self, result: StepResult) -> None:
+        pass
+
+    def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None:
         pass
 
 
@@ -201,7 +208,8 @@ def simulate(
             kv_room=kv_room,
             owed=[behind[text.name] for text in sampling] if track_owed else (),
         )
-        plan = policy.plan(facts)
+        rests = not new and not track_owed and policy.rests(len(sampling))
+        plan = DraftPlan(facts.states, [0] * len(sampling)) if rests else policy.plan(facts)
         outcome.counts.append(plan.num_drafts)
         if keep_plans:
             outcome.plans.append(plan)
@@ -235,21 +243,38 @@ def simulate(
         running = [text for text in sampling if text not in ended]
         unread.append(
             StepResult(
-                plan=plan,
+                plan=None if rests else plan,
                 rows=rows,
                 kv_tokens=kv_tokens,
                 chunk_rows=chunk_rows,
+                num_verify=len(states),
                 target_seconds=machine.seen(target_seconds, rng),
                 draft_seconds=machine.seen(draft_seconds, rng),
                 states=states,
                 asked=asked,
                 drafted=drafted,
                 accepted=accepted,
+                passes=_passes_run(plan, len(sampling), caught_up),
             )
         )
         if len(unread) > depth:
-            policy.observe(unread.popleft())
+            _tell(policy, unread.popleft())
     return outcome
+
+
+def _tell(policy: DraftPolicy, result: StepResult) -> None:
+    if result.plan is None and not any(result.asked) and not result.chunk_rows:
+        policy.observe_rest(result.num_verify, result.kv_tokens, result.target_seconds)
+    else:
+        policy.observe(result)
+
+
+def _passes_run(plan: DraftPlan, batch: int, caught_up: int) -> DraftPasses | None:
+    """What a draft model says it ran; None if it ran nothing, or there is none."""
+    rows = [batch] * plan.passes
+    if caught_up:
+        rows.insert(0, caught_up)
+    return DraftPasses(rows) if rows else None
 
 
 def closed_loop(

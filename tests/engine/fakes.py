@@ -12,7 +12,8 @@ from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.draft_planner import EachRequest
 from octavo.core.messages import ModelOutput, SchedulerOutput
 from octavo.core.scheduler import Scheduler
-from octavo.engine.engine import Engine, EngineInfo
+from octavo.engine.engine import Engine
+from octavo.engine.request_reader import EngineInfo
 from octavo.engine.tokenizer import RustBackend, Tokenizer
 from octavo.worker.model_runner import GrammarMasks
 from tests.core.fake_device import VOCAB, FakeDevice

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.engine import async_engine
-from octavo.engine.async_engine import INLINE_CHARACTERS, AsyncLLM, _Mailbox
+from octavo.engine import engine_thread
+from octavo.engine.async_engine import INLINE_CHARACTERS, AsyncLLM
+from octavo.engine.engine_thread import Mailbox
 from octavo.errors import EngineDeadError, RequestError
 from octavo.outputs import CompletionOutput, Logprob, RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -331,7 +332,7 @@ def test_deltas_are_joined_field_by_field() -> None:
         return RequestOutput("x", None, [1], outputs=[one], finished=reason is not None)
 
     async def main() -> None:
-        mailbox = _Mailbox(asyncio.get_running_loop(), "delta")
+        mailbox = Mailbox(asyncio.get_running_loop(), "delta")
         for item in (delta("a", [1]), delta("", [2]), delta("bc", [3, 4], "stop")):
             assert mailbox.send(item)
         mailbox.send(EngineDeadError("later"))
@@ -353,7 +354,7 @@ def test_deltas_are_joined_field_by_field() -> None:
 @pytest.mark.parametrize("kind", ["cumulative", "final"])
 def test_closing_the_event_loop_aborts(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind != "final":  # the next output finds out; only where there is none must the loop be looked at
-        monkeypatch.setattr(async_engine, "STEPS_BETWEEN_LOOP_CHECKS", 10**9)
+        monkeypatch.setattr(engine_thread, "STEPS_BETWEEN_LOOP_CHECKS", 10**9)
     llm = make(delay=0.002, max_model_len=790)
     loop = asyncio.new_event_loop()
     outputs = llm.generate(PROMPT, SamplingParams(max_tokens=780, ignore_eos=True), kind=kind)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from octavo.engine import wire
-from octavo.engine.process import EngineProcess, FrameSource, GrammarDesk, Outbox, _Job, _Open
+from octavo.engine.grammar_desk import CompileJob, GrammarDesk
+from octavo.engine.outbox import Outbox, Recipient
+from octavo.engine.process import EngineProcess, FrameSource
 from octavo.errors import RequestError
 from octavo.outputs import CompletionOutput, RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -166,7 +168,7 @@ def test_outputs_that_wait_for_the_socket_are_joined() -> None:
     front.next(wire.Heartbeat)
     # Nobody reads: fill the socket until the sender is stuck, then go on posting.
     big = "x" * 200_000
-    requests = {key: _Open(key, is_delta=True) for key in (1, 2)}
+    requests = {key: Recipient(key, is_delta=True) for key in (1, 2)}
 
     def output(text: str, tokens: list[int]) -> RequestOutput:
         return RequestOutput("r", None, [1], outputs=[CompletionOutput(0, text, tokens)])
@@ -197,15 +199,15 @@ def test_a_grammar_that_takes_too_long_is_refused_in_time() -> None:
     compiled: list[int] = []
     refused: list[tuple[int, Exception]] = []
 
-    def compile_job(job: _Job) -> None:
+    def compile_job(job: CompileJob) -> None:
         release.wait(30)
         desk.take(job.admit.key, lambda: compiled.append(job.admit.key))
 
     desk = GrammarDesk(compile_job, lambda key, error: refused.append((key, error)))
     params, now = SamplingParams(), time.monotonic()
-    desk.add(_Job(admit(1), params, now - 1.0))  # late already
-    desk.add(_Job(admit(2), params, now + 60.0))
-    desk.add(_Job(admit(3), params, now + 60.0))
+    desk.add(CompileJob(admit(1), params, now - 1.0))  # late already
+    desk.add(CompileJob(admit(2), params, now + 60.0))
+    desk.add(CompileJob(admit(3), params, now + 60.0))
     desk.expire()
     desk.expire()
     ((key, error),) = refused

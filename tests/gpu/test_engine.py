@@ -42,7 +42,8 @@ PARAMS = [
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
     options.setdefault("max_model_len", 1024)
     options.setdefault("max_num_seqs", 32)
-    options.setdefault("kv_cache_memory", "256MB")
+    if options.setdefault("kv_cache_memory", "256MB") is not None:
+        options.setdefault("gpu_memory_utilization", 0.2)  # other tests use the card at the same time
     llm = LLM(model=str(folder), device="cuda", skip_tokenizer_init=True, **options)
     try:
         yield llm

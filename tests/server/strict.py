@@ -25,6 +25,7 @@ ADDED = {
     "prompt_token_ids",
     "prompt_logprobs",
     "speculation",
+    "energy_joules",
     "store",
 }
 

@@ -342,6 +342,34 @@ def test_ten_thousand_malformed_requests() -> None:
     send_rubbish(10_000)
 
 
+WHOLE_NUMBERS = [
+    "n", "best_of", "top_k", "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens",
+    "priority", "prompt_logprobs", "truncate_prompt_tokens", "num_speculative_tokens", "top_logprobs",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, -(2**63) - 1])
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        ("/v1/chat/completions", {"messages": HI}),
+        ("/v1/completions", {"prompt": "Hello"}),
+        ("/v1/responses", {"input": "Hello"}),
+    ],
+)
+def test_numbers_without_end(plain: Server, path: str, base: dict[str, Any], value: int) -> None:
+    """More than a float, or a message to the engine's process, can hold."""
+    with httpx.Client(base_url=plain.url, timeout=120) as client:  # one connection: it must stay open
+        for name in WHOLE_NUMBERS:
+            answer = client.post(path, json={**base, name: value})
+            if answer.status_code != 200 or f"{name}: unknown" not in answer.headers["x-octavo-warnings"]:
+                assert answer.status_code == 400, (name, answer.text)
+                assert error_of(answer)["param"] == name
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            answer = client.post(path, json={**base, name: [value]})
+            assert answer.status_code == 400 or f"{name}: unknown" in answer.headers["x-octavo-warnings"]
+
+
 def test_bounds_are_the_settings(plain: Server) -> None:
     options = {"max_n": 2, "max_logprobs": 3, "max_stop": 1, "max_tools": 1, "max_prompts": 1}
     assert ServeSettings.from_kwargs(**options).max_n == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.engine.engine_stats import EngineStats
-from octavo.outputs import RequestMetrics, SpeculationMetrics
+from octavo.outputs import RequestMetrics, RequestOutput, SpeculationMetrics
 from octavo.server.metrics import Histogram, MetricsPage, ServerMetrics
+from octavo.server.usage import UsageCounter
 from tests.server.fake_engine import INFO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,6 +56,23 @@ def value(families: dict[str, Any], name: str, suffix: str = "", **labels: str) 
 
 STATS = EngineStats(2, 5, 100, 25, num_steps=9, num_chunk_rows=70, num_verify_rows=30, num_preemptions=1,
                     num_prefix_queries=60, num_prefix_hits=16, speculation=speculation())  # fmt: skip
+
+
+def test_joules_by_counter_where_the_hardware_tells() -> None:
+    assert "octavo:energy_joules" not in page(ServerMetrics(), STATS)
+    families = page(ServerMetrics(), replace(STATS, energy_joules={"gpu:0": 12.5, "gpu:1": 3.0}))
+    assert value(families, "octavo:energy_joules", "_total", counter="gpu:0") == 12.5
+    assert value(families, "octavo:energy_joules", "_total", counter="gpu:1") == 3.0
+
+
+def test_the_usage_tells_joules_only_where_they_were_measured() -> None:
+    usage = UsageCounter(4)
+    for joules in (None, 1.25, 0.5):  # several prompts
+        metrics = RequestMetrics(0.0, energy_joules=joules)
+        usage.note(RequestOutput("r", None, [1], outputs=[], finished=True, metrics=metrics))
+        if joules is None:
+            assert "energy_joules" not in usage.usage()
+    assert usage.usage()["energy_joules"] == 1.75
 
 
 @pytest.mark.parametrize("prefix", ["octavo", "vllm"])

@@ -30,27 +30,34 @@ from octavo.kernels.triton.launch import (
     prefetch,
     uses_pdl,
 )
+from octavo.kernels.triton.shared import PARTS, SharedScratch
 
 GROUP = 128  # tokens summed by themselves; part of the definition of a row's bits
+FULL = 128  # programs that fill a card
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "whole"])
+@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "least", "most", "whole"])
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64
     table_rows_ptr,  # [num_reqs] int32, each request's row of the block table; None: row r is request r's
-    tiles_ptr,  # [num_tiles, 5] int32: table row, first row, rows, first position seen, one behind the last
+    prefixes_ptr,  # [num_reqs] int32, tokens of a prefix that is attended to elsewhere; None: there are none
+    tiles_ptr,  # [num_tiles, 6] int32: table row, first row, rows, first position seen, last + 1, parts
     num_tiles,
     window,
     num_reqs,
+    least,  # requests of fewer rows get no rows here
+    most,  # nor those of more
     whole,  # nor do those of so many rows or more that begin with their first row
-    LEAST: tl.constexpr,  # requests of fewer rows get no rows here
-    MOST: tl.constexpr,  # nor those of more; 0: no limit
     ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that may share a tile
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     REQUESTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -65,9 +72,7 @@ def plan_kernel(
     end = tl.load(starts_ptr + request + 1)
     first = start + (tiles - (start // ROWS + request)) * ROWS
     count = tl.minimum(tl.maximum(end - first, 0), ROWS)
-    mine = end - start >= LEAST
-    if MOST > 0:
-        mine = mine & (end - start <= MOST)
+    mine = (end - start >= least) & (end - start <= most)
     begins = tl.load(positions_ptr + start, mask=end > start, other=-1) == 0
     mine = mine & ~(begins & (end - start >= whole))
     count = tl.where(mine, count, 0)
@@ -81,14 +86,24 @@ def plan_kernel(
         lowest = tl.min(tl.where(position >= 0, position, 2147483647), axis=1)
         lowest = tl.where(last > 0, tl.maximum(lowest - window + 1, 0), 0)
     valid = tiles < num_tiles
+    if prefixes_ptr is not None:
+        lowest = tl.load(prefixes_ptr + request, mask=valid & (request < num_reqs), other=0)
+    parts = tl.full((BLOCK_T,), 1, dtype=tl.int32)
+    if PARTS > 1:
+        # To share costs a few microseconds: it pays where few programs would run, or long ones.
+        ends = tl.load(starts_ptr + r + 1, mask=r < num_reqs, other=0)
+        programs = tl.sum(tl.where(r < num_reqs, tl.cdiv(ends - starts, ROWS), 0), axis=0) * KV_HEADS
+        alone = (programs >= FULL) | ((programs >= FULL // 2) & (last - lowest <= 8 * GROUP))
+        parts = tl.where(alone, 1, PARTS)
     table_row = request
     if table_rows_ptr is not None:
         table_row = tl.load(table_rows_ptr + request, mask=valid & (request < num_reqs), other=0)
-    tl.store(tiles_ptr + tiles * 5, table_row, mask=valid)
-    tl.store(tiles_ptr + tiles * 5 + 1, first, mask=valid)
-    tl.store(tiles_ptr + tiles * 5 + 2, count, mask=valid)
-    tl.store(tiles_ptr + tiles * 5 + 3, lowest, mask=valid)
-    tl.store(tiles_ptr + tiles * 5 + 4, last, mask=valid)
+    tl.store(tiles_ptr + tiles * 6, table_row, mask=valid)
+    tl.store(tiles_ptr + tiles * 6 + 1, first, mask=valid)
+    tl.store(tiles_ptr + tiles * 6 + 2, count, mask=valid)
+    tl.store(tiles_ptr + tiles * 6 + 3, lowest, mask=valid)
+    tl.store(tiles_ptr + tiles * 6 + 4, last, mask=valid)
+    tl.store(tiles_ptr + tiles * 6 + 5, parts, mask=valid)
 
 
 @triton.jit
@@ -158,11 +173,13 @@ def attention_kernel(
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
     out_ptr,  # [num_tokens, HEADS, D]
     table_ptr,  # [table rows, table_stride] int32
-    tiles_ptr,  # [tiles, 5] int32
+    tiles_ptr,  # [tiles, 6] int32
     positions_ptr,  # [num_tokens] int64
     sums_ptr,  # [num_tokens * HEADS, max_groups, D] float32
     stats_ptr,  # [num_tokens * HEADS, max_groups, 2] float32
     counter_ptr,  # [tiles, KV_HEADS] int32, zero between launches
+    prefix_sums_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, D] float32, see shared.py
+    prefix_stats_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, 2] float32
     table_stride,
     max_groups,
     scale,
@@ -179,6 +196,7 @@ def attention_kernel(
     STAGES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PREFIX_PARTS: tl.constexpr,  # partial sums over a shared prefix, where a tile has one; 0: none has
     EARLY: tl.constexpr,  # the plan is older than the launch before this one
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -187,11 +205,11 @@ def attention_kernel(
     SHARED: tl.constexpr = HEADS // KV_HEADS
     if not EARLY:
         begin(PDL)
-    table_index = tl.load(tiles_ptr + tile * 5)
-    first_row = tl.load(tiles_ptr + tile * 5 + 1)
-    count = tl.load(tiles_ptr + tile * 5 + 2)
-    begin_at = tl.load(tiles_ptr + tile * 5 + 3)
-    last = tl.load(tiles_ptr + tile * 5 + 4)
+    table_index = tl.load(tiles_ptr + tile * 6)
+    first_row = tl.load(tiles_ptr + tile * 6 + 1)
+    count = tl.load(tiles_ptr + tile * 6 + 2)
+    begin_at = tl.load(tiles_ptr + tile * 6 + 3)
+    last = tl.load(tiles_ptr + tile * 6 + 4)
     i, d = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED)
     row = first_row + i // SHARED
     valid = i < count * SHARED
@@ -215,37 +233,46 @@ def attention_kernel(
                 prefetch(lines)
                 prefetch(lines + KV_HEADS * BLOCK_SIZE * D)
         begin(PDL)
-    if count == 0:
+    parts = 1
+    if PARTS > 1:
+        parts = tl.load(tiles_ptr + tile * 6 + 5)
+    if (count == 0) | (part >= parts):
         return
     q = tl.load(q_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0)
 
     most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_Q, D_PADDED), dtype=tl.float32)
-    for group in tl.range(first_group + part, num_groups, PARTS, num_stages=STAGES):
+    for group in tl.range(first_group + part, num_groups, parts, num_stages=STAGES):
         most_g, weight_g, acc_g = _sum_group(
-            q, position, cache_ptr, table_row, head, group * GROUP, last, scale, soft_cap, window, KV_HEADS,
-            D, D_PADDED, BLOCK_SIZE, GROUP, HAS_CAP, HAS_WINDOW, PRECISION,
+            q, position, cache_ptr, table_row, head, group * GROUP, last, scale, soft_cap, window,
+            KV_HEADS, D, D_PADDED, BLOCK_SIZE, GROUP, HAS_CAP, HAS_WINDOW, PRECISION,
         )  # fmt: skip
-        if PARTS == 1 or num_groups - first_group == 1:
-            most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
-        else:
+        most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
+        if PARTS > 1:
             place = column * max_groups + group
-            tl.store(sums_ptr + place[:, None] * D + d[None, :], acc_g, mask=inside)
-            tl.store(stats_ptr + place * 2, most_g, mask=valid)
-            tl.store(stats_ptr + place * 2 + 1, weight_g, mask=valid)
+            there = valid & (parts > 1)
+            tl.store(sums_ptr + place[:, None] * D + d[None, :], acc_g, mask=inside & (parts > 1))
+            tl.store(stats_ptr + place * 2, most_g, mask=there)
+            tl.store(stats_ptr + place * 2 + 1, weight_g, mask=there)
 
     finishes = part == 0
     if PARTS > 1:
         num_parts = tl.minimum(num_groups - first_group, PARTS)
-        if num_parts > 1:
+        if (parts > 1) & (num_parts > 0):  # 0: all rows are padding
             finishes = False
             if part < num_parts:
                 tl.debug_barrier()
-                counter = counter_ptr + tile * KV_HEADS + head
-                finishes = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
+                finishes = True
+                if num_parts > 1:
+                    counter = counter_ptr + tile * KV_HEADS + head
+                    finishes = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
+                    if finishes:
+                        tl.store(counter, 0)
                 if finishes:
-                    tl.store(counter, 0)
+                    most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+                    weight = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+                    acc = tl.zeros((BLOCK_Q, D_PADDED), dtype=tl.float32)
                     for start in range(first_group, num_groups, 4):
                         # four groups on their way at once, folded in their order
                         for step in tl.static_range(4):
@@ -264,6 +291,18 @@ def attention_kernel(
                             )  # fmt: skip
                             most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
     if finishes:
+        if PREFIX_PARTS > 0:  # noqa: SIM102
+            if begin_at > 0:
+                there = valid & (position >= 0)
+                for step in tl.static_range(PREFIX_PARTS):
+                    place = column * PREFIX_PARTS + step
+                    most_g = tl.load(prefix_stats_ptr + place * 2, mask=there, other=float("-inf"))
+                    weight_g = tl.load(prefix_stats_ptr + place * 2 + 1, mask=there, other=0.0)
+                    acc_g = tl.load(
+                        prefix_sums_ptr + place[:, None] * D + d[None, :],
+                        mask=inside & (most_g > float("-inf"))[:, None], other=0.0,
+                    )  # fmt: skip
+                    most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
         # a row that sees nothing (padding) has weight 0 and becomes zeros
         out = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
         tl.store(out_ptr + column[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -274,8 +313,9 @@ class QueryTiling:
     """How query rows are packed. One is used for a whole launch."""
 
     block_q: int = 16
-    stages: int = 4
+    stages: int = 4  # keys are found through the block table, so two make one buffer
     warps: int = 4
+    group: int | None = None  # tokens summed by themselves; None: GROUP
 
     def rows(self, spec: AttentionSpec) -> int:
         """Token rows of a tile."""
@@ -286,7 +326,7 @@ class QueryTiling:
 class TilePlan:
     """Which rows each query tile of a step holds."""
 
-    tiles: torch.Tensor  # [num_tiles, 5] int32
+    tiles: torch.Tensor  # [num_tiles, 6] int32
     tiling: QueryTiling
     parts: int  # programs that share a tile's groups
 
@@ -318,7 +358,7 @@ def plan(
     tiling: QueryTiling,
     parts: int = 1,
     least: int = 0,
-    most: int = 0,
+    most: int = NO_LIMIT,
     pdl: bool | None = None,
     whole: int = NO_LIMIT,
 ) -> TilePlan:
@@ -330,13 +370,16 @@ def plan(
     starts = metadata.query_start_loc
     num_reqs = metadata.num_reqs
     num_tiles = metadata.num_tokens // rows + num_reqs
-    tiles = torch.empty(num_tiles, 5, dtype=torch.int32, device=starts.device)
+    tiles = torch.empty(num_tiles, 6, dtype=torch.int32, device=starts.device)
     pdl = uses_pdl(starts) if pdl is None else pdl
     block_t = 16
     plan_kernel[(-(-num_tiles // block_t),)](
-        starts, metadata.positions, metadata.table_rows, tiles, num_tiles, spec.sliding_window or 0, num_reqs,
-        whole, LEAST=least, MOST=most, ROWS=rows, ROWS_PADDED=next_power_of_2(rows),
-        HAS_WINDOW=spec.sliding_window is not None, BLOCK_T=block_t,
+        starts, metadata.positions, metadata.table_rows,
+        None if metadata.shared is None else metadata.shared.lengths, tiles, num_tiles,
+        spec.sliding_window or 0, num_reqs, least, most, whole, ROWS=rows,
+        ROWS_PADDED=next_power_of_2(rows),
+        HAS_WINDOW=spec.sliding_window is not None, PARTS=parts, KV_HEADS=spec.num_kv_heads, GROUP=GROUP,
+        FULL=FULL, BLOCK_T=block_t,
         REQUESTS=max(16, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
     return TilePlan(tiles, tiling, parts)
@@ -351,10 +394,12 @@ def attend(
     plan: TilePlan,
     scratch: Scratch | None = None,
     early: bool = False,
+    prefixes: SharedScratch | None = None,
 ) -> None:
     """Attention of all rows of the plan.
 
-    `early` says that at least one launch lies between the plan's and this one.
+    `early` says that at least one launch lies between the plan's and this one. `prefixes` is what
+    `shared.attend` left, where the step has shared prefixes.
     """
     _, two, kv_heads, block_size, head_dim = kv_cache.shape
     if (two, kv_heads, head_dim) != (2, spec.num_kv_heads, spec.head_dim):
@@ -363,9 +408,10 @@ def attend(
         raise ValueError(f"queries {tuple(q.shape)} do not fit {spec}")
     if metadata.block_table.stride(1) != 1:
         raise ValueError("a row of the block table must be contiguous")
+    if (prefixes is None) != (metadata.shared is None):
+        raise ValueError("shared prefixes and their sums go together")
     max_groups = -(-metadata.max_seq_len // GROUP)
-    parts = plan.parts if max_groups > 1 else 1
-    tiling = plan.tiling
+    parts, tiling = plan.parts, plan.tiling
     if parts > 1:
         places = metadata.num_tokens * spec.num_heads * max_groups
         if scratch is None or scratch.stats.numel() < places * 2:
@@ -378,10 +424,12 @@ def attend(
         q, kv_cache, out, metadata.block_table, plan.tiles, metadata.positions,
         out if scratch is None else scratch.sums, out if scratch is None else scratch.stats,
         plan.tiles if scratch is None else scratch.counters,
+        out if prefixes is None else prefixes.sums, out if prefixes is None else prefixes.stats,
         metadata.block_table.stride(0), max_groups, spec.scale * (1.0 if has_cap else LOG2_E),
         spec.soft_cap or 1.0, spec.sliding_window or 0,
         HEADS=spec.num_heads, KV_HEADS=kv_heads, D=head_dim, D_PADDED=max(16, next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size, BLOCK_Q=tiling.block_q, GROUP=GROUP, PARTS=parts,
-        EARLY=early, STAGES=tiling.stages, HAS_CAP=has_cap, HAS_WINDOW=spec.sliding_window is not None,
+        BLOCK_SIZE=block_size, BLOCK_Q=tiling.block_q, GROUP=tiling.group or GROUP, PARTS=parts,
+        PREFIX_PARTS=0 if prefixes is None else PARTS, EARLY=early, STAGES=tiling.stages, HAS_CAP=has_cap,
+        HAS_WINDOW=spec.sliding_window is not None,
         PRECISION=dot_precision(q.dtype), PDL=pdl, num_warps=tiling.warps, **pdl_options(pdl),
     )  # fmt: skip

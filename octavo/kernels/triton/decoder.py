@@ -12,13 +12,15 @@ the host anything, so both can be captured in a graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, pointwise, products, prompt
+from octavo.kernels.triton import attention, pointwise, products, prompt, shared
 from octavo.kernels.triton.attention import QueryTiling, Scratch, TilePlan
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
@@ -27,6 +29,8 @@ from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
 # wide: by the request alone, so that the rows beside it do not decide how it is computed.
 NARROW_ROWS = 16
 NARROW = QueryTiling(block_q=16, stages=4, warps=4)
+NARROW_DEEP = QueryTiling(block_q=16, stages=6, warps=4)  # one program has a multiprocessor for itself
+NARROW_MANY = QueryTiling(block_q=16, stages=4, warps=4, group=64)  # several share one
 WIDE = QueryTiling(block_q=128, stages=2, warps=8)
 WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
 WIDE_FLOAT32 = QueryTiling(block_q=16, stages=1, warps=4)
@@ -62,6 +66,18 @@ class LayerTilings:
     down: Tiling
 
 
+def narrow_tiling(num_rows: int, num_kv_heads: int, one_tiling: bool = False) -> tuple[QueryTiling, int]:
+    """How decode rows are cut in a step of so many rows, and how many programs may share one: as measured.
+
+    Up to _SHARED_ROWS rows, and with `one_tiling` at any number, neither changes a bit of the result.
+    """
+    if num_rows > _SHARED_ROWS:
+        return (NARROW if one_tiling else NARROW_MANY), 1
+    programs = num_kv_heads * max(1, num_rows)
+    parts = next_power_of_2(max(1, min(16, 256 // programs)))
+    return (NARROW if parts > 4 else NARROW_DEEP), parts
+
+
 def plans_of(
     metadata: AttentionMetadata,
     spec: AttentionSpec,
@@ -73,24 +89,47 @@ def plans_of(
     With `one_tiling` always the narrow ones: slower for chunks, and the same bits however a prompt
     is cut into them.
     """
-    shared = metadata.num_tokens <= _SHARED_ROWS
-    parts = 1
-    if shared:
-        programs = spec.num_kv_heads * metadata.num_tokens
-        parts = max(1, min(16, 256 // max(1, programs)))
-        parts = next_power_of_2(parts)
+    narrow, parts = narrow_tiling(metadata.num_tokens, spec.num_kv_heads, one_tiling)
+    if dtype == torch.float32 or spec.head_dim > 128:
+        narrow = NARROW
     if one_tiling or metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:
-        return [attention.plan(metadata, spec, NARROW, parts)]
+        return [attention.plan(metadata, spec, narrow, parts)]
     wide = WIDE if spec.head_dim <= 128 else WIDE_HEAD
     if dtype == torch.float32:
         wide = WIDE_FLOAT32
-    whole = prompt.LEAST_ROWS if metadata.whole_prompts else attention.NO_LIMIT
     plans = []
     if metadata.min_query_len <= NARROW_ROWS:
-        plans.append(attention.plan(metadata, spec, NARROW, parts, most=NARROW_ROWS))
-    if len(metadata.whole_prompts) < metadata.num_reqs:
-        plans.append(attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, whole=whole))
+        plans.append(attention.plan(metadata, spec, narrow, parts, most=NARROW_ROWS))
+    if len(metadata.long_chunks) < metadata.num_reqs:
+        most = whole = attention.NO_LIMIT
+        if any(start for *_, start in metadata.long_chunks):
+            most = prompt.LEAST_ROWS - 1
+        elif metadata.long_chunks:
+            whole = prompt.LEAST_ROWS
+        plans.append(attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, most=most, whole=whole))
     return plans
+
+
+@dataclass(frozen=True, slots=True)
+class _Attend:
+    """The launches that attention of one layer takes."""
+
+    plans: list[TilePlan]
+    scratch: Scratch | None
+    prefixes: shared.SharedScratch | None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> None:
+        if self.prefixes is not None:
+            shared.attend(q, cache, metadata, spec, self.prefixes)
+        for plan in self.plans:
+            attention.attend(q, cache, out, metadata, spec, plan, self.scratch, True, self.prefixes)
 
 
 class FusedDecoder:
@@ -115,10 +154,11 @@ class FusedDecoder:
         self._eps = eps
         self.few_rows = few_rows if fits(layers, table) else 0
         self._one_tiling = one_tiling
-        self._has_library_attention = not one_tiling and all(
-            prompt.serves(layer.attention, table.dtype) for layer in layers
+        self._serves_long_chunks = not one_tiling and all(
+            prompt.serves(layer.attention, table) for layer in layers
         )
         self._scratch: list[Scratch] = []
+        self._prefix_scratch: list[shared.SharedScratch] = []
         self._tilings: dict[int, LayerTilings] = {}
         if self.few_rows:
             self._allocate()
@@ -172,21 +212,21 @@ class FusedDecoder:
         ctx: ForwardContext,
     ) -> torch.Tensor:
         """Hidden states after the final norm: [num_tokens, hidden]."""
-        if ctx.attention.whole_prompts and not self._has_library_attention:
-            ctx = replace(ctx, attention=replace(ctx.attention, whole_prompts=()))
+        if ctx.attention.long_chunks and not (self._serves_long_chunks and len(input_ids) > self.few_rows):
+            ctx = replace(ctx, attention=replace(ctx.attention, long_chunks=()))
         plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype, self._one_tiling)
-        scratch = self._scratch_for(ctx.attention, plans)
+        scratch, prefixes = self._scratch_for(ctx.attention, plans), self._prefix_scratch_for(ctx.attention)
+        attend = _Attend(plans, scratch, prefixes)
         if len(input_ids) <= self.few_rows:
-            return self._few(input_ids, positions, ctx, plans, scratch)
-        return self._many(input_ids, positions, ctx, plans, scratch)
+            return self._few(input_ids, positions, ctx, attend)
+        return self._many(input_ids, positions, ctx, attend)
 
     def _few(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         ctx: ForwardContext,
-        plans: list[TilePlan],
-        scratch: Scratch | None,
+        attend: _Attend,
     ) -> torch.Tensor:
         rows, eps, space = len(input_ids), self._eps, self._workspace
         stream, scaled, squares = self._stream[:rows], self._scaled[:rows], self._squares[:rows]
@@ -200,8 +240,7 @@ class FusedDecoder:
                 scaled, layer.qkv, layer.qkv_bias, squares, eps, layer.qk_norms, self._cos, self._sin,
                 positions, slots, q, cache, space, cut.qkv,
             )  # fmt: skip
-            for plan in plans:
-                attention.attend(q, cache, attended, ctx.attention, layer.attention, plan, scratch, True)
+            attend(q, cache, attended, ctx.attention, layer.attention)
             products.residual(
                 attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm, scaled, squares, space,
                 cut.o,
@@ -222,8 +261,7 @@ class FusedDecoder:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         ctx: ForwardContext,
-        plans: list[TilePlan],
-        scratch: Scratch | None,
+        attend: _Attend,
     ) -> torch.Tensor:
         eps, slots = self._eps, ctx.attention.slot_mapping
         stream = torch.empty(
@@ -231,25 +269,45 @@ class FusedDecoder:
         )
         pointwise.embed(input_ids, self._table, stream)
         x = pointwise.norm(stream, self._layers[0].input_norm, eps)
+        long = prompt.plan(ctx.attention) if ctx.attention.long_chunks else None
         for index, layer in enumerate(self._layers):
             cache = ctx.kv_caches[index]
             qkv = F.linear(x, layer.qkv, layer.qkv_bias)
-            spare = prompt.PADDED_TO if ctx.attention.whole_prompts else 0
-            padded = pointwise.rope_store(
-                qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache, spare
+            q = pointwise.rope_store(
+                qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache, long is not None
             )
-            q = padded[: len(input_ids)]
             attended = torch.empty_like(q)
-            if ctx.attention.whole_prompts:
-                prompt.attend(padded, cache, attended, ctx.attention, layer.attention)
-            for plan in plans:
-                attention.attend(q, cache, attended, ctx.attention, layer.attention, plan, scratch, True)
+            if long is not None:
+                prompt.attend(q, qkv, cache, attended, ctx.attention, layer.attention, long)
+            attend(q, cache, attended, ctx.attention, layer.attention)
             x = F.linear(attended.flatten(1), layer.o, layer.o_bias)
             x = pointwise.norm(x, layer.post_norm, eps, stream)
             x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
             x = F.linear(x, layer.down, layer.down_bias)
             x = pointwise.norm(x, self._norm_after(index), eps, stream)
         return x
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Forwards in here run one layer of each kind: they launch every kernel, and mean nothing."""
+        layers = self._layers
+        first = {layer.attention.sliding_window: layer for layer in reversed(layers)}
+        self._layers = [layer for layer in layers if first[layer.attention.sliding_window] is layer]
+        try:
+            yield
+        finally:
+            self._layers = layers
+
+    def _prefix_scratch_for(self, metadata: AttentionMetadata) -> shared.SharedScratch | None:
+        """Room for sums over shared prefixes. Earlier rooms stay: captured graphs point there."""
+        if metadata.shared is None:
+            return None
+        spec = self._layers[0].attention
+        places = metadata.num_tokens * spec.num_heads * shared.PARTS
+        if not self._prefix_scratch or self._prefix_scratch[-1].stats.numel() < places * 2:
+            device = metadata.positions.device
+            self._prefix_scratch.append(shared.SharedScratch.allocate(metadata.num_tokens, spec, device))
+        return self._prefix_scratch[-1]
 
     def _norm_after(self, index: int) -> torch.Tensor:
         last = index + 1 == len(self._layers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import one_form
@@ -36,6 +37,96 @@ def settle_kernel(
     computed = tl.load(num_computed_ptr + slot, mask=i < count)
     tl.store(num_computed_ptr + slot, tl.minimum(computed, last), mask=i < count)
     tl.store(from_model_ptr + slot, 0, mask=i < count)
+
+
+@triton.jit
+def pass_rows(
+    entry,
+    chunk,
+    table_ptr,  # [entries, 6] int32
+    tokens_ptr,  # [slots, tokens_stride] int32
+    blocks_ptr,  # [slots, blocks_stride] int32, the draft model's
+    num_tokens_ptr,  # [slots] int64, and so are the next three
+    num_computed_ptr,  # the draft model's
+    num_drafts_ptr,
+    limit_ptr,
+    finished_ptr,  # [slots] uint8
+    from_model_ptr,  # [slots] uint8
+    ids_ptr,  # [padded_rows] int64
+    positions_ptr,
+    mapping_ptr,
+    starts_ptr,  # [padded_reqs + 1] int32
+    seq_lens_ptr,  # [padded_reqs] int32
+    slots_ptr,  # [padded_reqs] int32
+    valid_ptr,  # [entries] int64
+    makes_ptr,  # [entries] int64, 1: this slot makes a draft in this pass
+    logits_rows_ptr,  # [logits] int64
+    draw_positions_ptr,  # [logits] int64
+    tokens_stride,
+    blocks_stride,
+    entries,
+    padded_reqs,
+    num_rows,
+    padded_rows,
+    depth,  # passes of this step before this one
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program of `rows`: a slot, or what fills up behind the last one."""
+    if entry == padded_reqs:
+        # rows that only fill up the size of a graph
+        if chunk == 0:
+            nothing = tl.zeros((BLOCK,), dtype=tl.int64)
+            for start in range(num_rows, padded_rows, BLOCK):
+                row = start + tl.arange(0, BLOCK)
+                tl.store(ids_ptr + row, nothing, mask=row < padded_rows)
+                tl.store(positions_ptr + row, nothing - 1, mask=row < padded_rows)
+                tl.store(mapping_ptr + row, nothing - 1, mask=row < padded_rows)
+            tl.store(starts_ptr, 0)
+        return
+    if entry >= entries:
+        if chunk == 0:
+            tl.store(starts_ptr + entry + 1, num_rows)
+            tl.store(seq_lens_ptr + entry, 0)
+            tl.store(slots_ptr + entry, 0)
+        return
+    slot = tl.load(table_ptr + entry * 6).to(tl.int64)
+    first_row = tl.load(table_ptr + entry * 6 + 3)
+    width = tl.load(table_ptr + entry * 6 + 4)
+    known, computed = tl.load(num_tokens_ptr + slot), tl.load(num_computed_ptr + slot)
+    number = tl.load(num_drafts_ptr + slot)
+    # the first pass
+    catch_up = tl.load(table_ptr + entry * 6 + 1).to(tl.int64)
+    behind = known - computed
+    begins = (tl.load(table_ptr + entry * 6 + 2) != 0) & (tl.load(finished_ptr + slot) == 0)
+    begins = begins & (number == 0) & (behind <= catch_up + 2)
+    # and a later one
+    goes_on = (tl.load(from_model_ptr + slot) != 0) & (number == depth)
+    goes_on = goes_on & (known + depth < tl.load(limit_ptr + slot))
+    makes = tl.where(depth == 0, begins, goes_on)
+    valid = tl.where(begins, behind, tl.minimum(catch_up, behind - 1))
+    valid = tl.where(depth == 0, valid, goes_on.to(tl.int64))
+
+    i = chunk * BLOCK + tl.arange(0, BLOCK)
+    inside, there = i < width, (i < valid) & (i < width)
+    position = tl.where(there, computed + i, 0)
+    token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=inside, other=0)
+    block = tl.load(blocks_ptr + slot * blocks_stride + position // BLOCK_SIZE, mask=there, other=0)
+    mapping = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    row = first_row + i
+    tl.store(ids_ptr + row, token.to(tl.int64), mask=inside)
+    tl.store(positions_ptr + row, tl.where(there, position, -1), mask=inside)
+    tl.store(mapping_ptr + row, tl.where(there, mapping, -1), mask=inside)
+    if chunk == 0:
+        tl.store(starts_ptr + entry + 1, first_row + width)
+        tl.store(seq_lens_ptr + entry, (computed + valid).to(tl.int32))
+        tl.store(slots_ptr + entry, slot.to(tl.int32))
+        tl.store(valid_ptr + entry, valid)
+        tl.store(makes_ptr + entry, makes.to(tl.int64))
+        place = tl.load(table_ptr + entry * 6 + 5)
+        if place >= 0:
+            tl.store(logits_rows_ptr + place, first_row + tl.maximum(valid - 1, 0))
+            tl.store(draw_positions_ptr + place, tl.where(makes, computed + valid, -1))
 
 
 @one_form()
@@ -67,63 +158,15 @@ def rows_kernel(
     padded_rows,
     depth,  # passes of this step before this one
     BLOCK_SIZE: tl.constexpr,
-    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    entry, chunk = tl.program_id(0), tl.program_id(1)
-    if entry == padded_reqs:
-        # rows that only fill up the size of a graph
-        if chunk == 0:
-            nothing = tl.zeros((BLOCK,), dtype=tl.int64)
-            for start in range(num_rows, padded_rows, BLOCK):
-                row = start + tl.arange(0, BLOCK)
-                tl.store(ids_ptr + row, nothing, mask=row < padded_rows)
-                tl.store(positions_ptr + row, nothing - 1, mask=row < padded_rows)
-                tl.store(mapping_ptr + row, nothing - 1, mask=row < padded_rows)
-            tl.store(starts_ptr, 0)
-        return
-    if entry >= entries:
-        if chunk == 0:
-            tl.store(starts_ptr + entry + 1, num_rows)
-            tl.store(seq_lens_ptr + entry, 0)
-            tl.store(slots_ptr + entry, 0)
-        return
-    slot = tl.load(table_ptr + entry * 6).to(tl.int64)
-    first_row = tl.load(table_ptr + entry * 6 + 3)
-    width = tl.load(table_ptr + entry * 6 + 4)
-    known, computed = tl.load(num_tokens_ptr + slot), tl.load(num_computed_ptr + slot)
-    number = tl.load(num_drafts_ptr + slot)
-    if FIRST:
-        catch_up = tl.load(table_ptr + entry * 6 + 1).to(tl.int64)
-        behind = known - computed
-        makes = (tl.load(table_ptr + entry * 6 + 2) != 0) & (tl.load(finished_ptr + slot) == 0)
-        makes = makes & (number == 0) & (behind <= catch_up + 2)
-        valid = tl.where(makes, behind, tl.minimum(catch_up, behind - 1))
-    else:
-        makes = (tl.load(from_model_ptr + slot) != 0) & (number == depth)
-        makes = makes & (known + depth < tl.load(limit_ptr + slot))
-        valid = makes.to(tl.int64)
-
-    i = chunk * BLOCK + tl.arange(0, BLOCK)
-    inside, there = i < width, (i < valid) & (i < width)
-    position = tl.where(there, computed + i, 0)
-    token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=inside, other=0)
-    block = tl.load(blocks_ptr + slot * blocks_stride + position // BLOCK_SIZE, mask=there, other=0)
-    mapping = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-    row = first_row + i
-    tl.store(ids_ptr + row, token.to(tl.int64), mask=inside)
-    tl.store(positions_ptr + row, tl.where(there, position, -1), mask=inside)
-    tl.store(mapping_ptr + row, tl.where(there, mapping, -1), mask=inside)
-    if chunk == 0:
-        tl.store(starts_ptr + entry + 1, first_row + width)
-        tl.store(seq_lens_ptr + entry, (computed + valid).to(tl.int32))
-        tl.store(slots_ptr + entry, slot.to(tl.int32))
-        tl.store(valid_ptr + entry, valid)
-        tl.store(makes_ptr + entry, makes.to(tl.int64))
-        place = tl.load(table_ptr + entry * 6 + 5)
-        if place >= 0:
-            tl.store(logits_rows_ptr + place, first_row + tl.maximum(valid - 1, 0))
-            tl.store(draw_positions_ptr + place, tl.where(makes, computed + valid, -1))
+    pass_rows(
+        tl.program_id(0), tl.program_id(1),
+        table_ptr, tokens_ptr, blocks_ptr, num_tokens_ptr, num_computed_ptr, num_drafts_ptr, limit_ptr,
+        finished_ptr, from_model_ptr, ids_ptr, positions_ptr, mapping_ptr, starts_ptr, seq_lens_ptr,
+        slots_ptr, valid_ptr, makes_ptr, logits_rows_ptr, draw_positions_ptr, tokens_stride, blocks_stride,
+        entries, padded_reqs, num_rows, padded_rows, depth, BLOCK_SIZE, BLOCK,
+    )  # fmt: skip
 
 
 @one_form()
@@ -219,8 +262,7 @@ def rows(
         tables.limit, tables.finished.view(torch.uint8), tables.from_model.view(torch.uint8), out.input_ids,
         out.positions, out.slot_mapping, out.query_start_loc, out.seq_lens, out.slots, out.valid, out.makes,
         out.logits_rows, out.draw_positions, tables.tokens.stride(0), tables.block_table.stride(0), entries,
-        padded_reqs, num_rows, padded_rows, depth, BLOCK_SIZE=tables.block_size, FIRST=depth == 0,
-        BLOCK=BLOCK, num_warps=4,
+        padded_reqs, num_rows, padded_rows, depth, BLOCK_SIZE=tables.block_size, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PD
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def rope_store_kernel(
-    qkv_ptr,  # [num_tokens, HEADS + 2 * KV_HEADS, D]
+    qkv_ptr,  # [num_tokens, HEADS + 2 * KV_HEADS, D]; KEEPS: the keys are changed in place as well
     q_norm_ptr,
     k_norm_ptr,
     cos_ptr,
@@ -129,6 +129,7 @@ def rope_store_kernel(
     NORM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    KEEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -160,6 +161,10 @@ def rope_store_kernel(
         where = kv_offsets(slots, kv_head, tl.where(is_value, 1, 0), BLOCK_SIZE, KV_HEADS, D)
         out = cache_ptr + where[:, None] + d[None, :]
         tl.store(out, x.to(cache_ptr.dtype.element_ty), mask=mask & (slots >= 0)[:, None])
+        if KEEPS:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+            if not is_value:
+                tl.debug_barrier()  # a number is read by whoever computes its partner
+                tl.store(base + d[None, :], x.to(qkv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -280,26 +285,26 @@ def rope_store(
     positions: torch.Tensor,  # [num_tokens] int64
     slots: torch.Tensor,  # [num_tokens] int64
     kv_cache: torch.Tensor,  # [blocks, 2, kv_heads, block_size, head_dim], written
-    spare: int = 0,
+    keeps: bool = False,
 ) -> torch.Tensor:
-    """qk-norm and rotary; keys and values into the cache; returns q [num_tokens + spare, heads, head_dim].
+    """qk-norm and rotary; keys and values into the cache; returns q [num_tokens, heads, head_dim].
 
-    What the `spare` rows hold is left open.
+    `keeps`: the keys in qkv are replaced by what the cache gets.
     """
     _, _, kv_heads, block_size, head_dim = kv_cache.shape
     num_tokens = qkv.shape[0]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     if not qkv.is_contiguous():
         raise ValueError("qkv must be contiguous")
-    q = torch.empty(num_tokens + spare, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     q_norm, k_norm = norms or (qkv, qkv)
     pdl = uses_pdl(qkv)
     block_t = 16
     rope_store_kernel[(-(-num_tokens // block_t), heads + 2 * kv_heads)](
         qkv, q_norm, k_norm, cos, sin, positions, slots, q, kv_cache, num_tokens, eps, HEADS=heads,
         KV_HEADS=kv_heads, D=head_dim, D_PADDED=max(16, next_power_of_2(head_dim)), HALF_ROTARY=cos.shape[1],
-        NORM=norms is not None, BLOCK_SIZE=block_size, BLOCK_T=block_t, PDL=pdl, num_warps=4,
-        **pdl_options(pdl),
+        NORM=norms is not None, BLOCK_SIZE=block_size, BLOCK_T=block_t, KEEPS=keeps, PDL=pdl,
+        num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
     return q
 

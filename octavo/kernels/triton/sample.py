@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.random import philox_impl
 
 from octavo.kernels.triton import filters, select
-from octavo.kernels.triton.launch import next_power_of_2, one_form
+from octavo.kernels.triton.launch import begin, next_power_of_2, one_form, pdl_options, uses_pdl
 from octavo.kernels.triton.select import legal, order_of
 
 NO_TOKEN = -1
@@ -49,6 +49,7 @@ def draw_kernel(
     ids_ptr,  # [rows, chunks] int32
     counter_ptr,  # [rows] int32, zero
     out_ptr,  # [rows] int64
+    wanted_ptr,  # [1] int32: 0 if nothing is to be drawn, with GATED
     vocab,
     stride,
     chunks,
@@ -57,7 +58,13 @@ def draw_kernel(
     FILTERED: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
+    if GATED:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+        if tl.load(wanted_ptr) == 0:
+            return
     row, chunk = tl.program_id(0), tl.program_id(1)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
@@ -104,6 +111,7 @@ def draw_kernel(
         token = tl.min(tl.where(found == greatest, tokens, 2147483647), axis=0)
         token = tl.where(greatest == float("-inf"), -1, token)
         tl.store(out_ptr + row, token.to(tl.int64))
+        tl.store(counter_ptr + row, 0)
 
 
 def draw(
@@ -118,20 +126,29 @@ def draw(
     *,
     any_cut: bool = True,  # as in `thresholds`
     any_both: bool = True,
+    out: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    wanted: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens [rows] int64; NO_TOKEN where none is legal."""
+    """Tokens [rows] int64; NO_TOKEN where none is legal.
+
+    A captured launch says where its tokens go (`out`) and where rows count their programs (`counters`
+    [rows] int32, zero before and after), and draws if `wanted` [1] int32 is not zero when it runs.
+    """
     rows, vocab = logits.shape
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise ValueError("logits must be float32 rows")
     device = logits.device
-    out = torch.empty(rows, dtype=torch.int64, device=device)
+    if out is None:
+        out = torch.empty(rows, dtype=torch.int64, device=device)
     if rows == 0:
         return out
     chunk = select.chunk_of(rows, vocab)
     chunks = -(-vocab // chunk)
     scores = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     ids = torch.empty(rows, chunks, dtype=torch.int32, device=device)
-    counters = torch.zeros(rows, dtype=torch.int32, device=device)
+    if counters is None:
+        counters = torch.zeros(rows, dtype=torch.int32, device=device)
     order = limit = best = logits
     if top_k is not None:
         assert temperature is not None
@@ -139,9 +156,11 @@ def draw(
         order, limit, best = filters.thresholds(
             logits, temperature, top_k, top_p, any_cut=any_cut, any_both=any_both
         )
+    pdl = uses_pdl(logits)
     draw_kernel[(rows, chunks)](
-        logits, temperature, min_p, seed, position, order, limit, best, scores, ids, counters, out, vocab,
-        logits.stride(0), chunks, stream, GREEDY=temperature is None, FILTERED=top_k is not None, CHUNK=chunk,
-        CHUNKS=next_power_of_2(chunks), num_warps=select.warps_of(chunk),
+        logits, temperature, min_p, seed, position, order, limit, best, scores, ids, counters, out, wanted,
+        vocab, logits.stride(0), chunks, stream, GREEDY=temperature is None, FILTERED=top_k is not None,
+        CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GATED=wanted is not None, PDL=pdl,
+        num_warps=select.warps_of(chunk), **pdl_options(pdl),
     )  # fmt: skip
     return out

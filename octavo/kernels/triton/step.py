@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import next_power_of_2, one_form
@@ -21,7 +22,9 @@ ROW_COLUMNS = 6
 # Columns of a table of changes, int32: what, slot, first index, count, where the values begin.
 CHANGE_COLUMNS = 5
 SET_TOKENS, SET_BLOCKS, ENTER, LEAVE = range(4)
-ENTER_VALUES = 3  # of ENTER, before the stop ids: tokens, computed tokens, limit
+# Values of ENTER, before the stop ids: tokens, computed tokens, limit, the bits of the temperature, the low
+# and the high half of the seed.
+ENTER_VALUES = 6
 BLOCK = 256  # token rows of a program
 
 
@@ -37,6 +40,8 @@ def change_kernel(
     num_drafts_ptr,
     limit_ptr,
     finished_ptr,  # [slots] uint8
+    temperature_ptr,  # [slots] float32
+    seed_ptr,  # [slots] int64
     tokens_stride,
     blocks_stride,
     num_stop,
@@ -62,16 +67,21 @@ def change_kernel(
             tl.store(limit_ptr + slot, tl.load(source + 2).to(tl.int64))
             tl.store(num_drafts_ptr + slot, 0)
             tl.store(finished_ptr + slot, 0)
+            tl.store(temperature_ptr + slot, tl.load(source + 3).to(tl.float32, bitcast=True))
+            low = tl.load(source + 4).to(tl.uint32, bitcast=True).to(tl.int64)
+            tl.store(seed_ptr + slot, low | (tl.load(source + 5).to(tl.int64) << 32))
             for start in range(0, num_stop, BLOCK):
                 j = start + tl.arange(0, BLOCK)
-                stop = tl.load(source + 3 + j, mask=j < count, other=-1).to(tl.int64)
+                stop = tl.load(source + 6 + j, mask=j < count, other=-1).to(tl.int64)
                 tl.store(stop_ids_ptr + slot * num_stop + j, stop, mask=j < num_stop)
         else:
             tl.store(finished_ptr + slot, 1)
 
 
-@one_form()
-def prepare_kernel(
+@triton.jit
+def prepare_request(
+    request,
+    chunk,
     rows_ptr,  # [num_reqs, 6] int32
     tokens_ptr,  # the slot tables, as above
     blocks_ptr,
@@ -99,7 +109,7 @@ def prepare_kernel(
     LOGITS: tl.constexpr,  # most rows of logits of a request, padded
     BLOCK: tl.constexpr,
 ):
-    request, chunk = tl.program_id(0), tl.program_id(1)
+    """One program of `prepare`: a request, or what fills up behind the last one."""
     if request == padded_reqs:
         # rows that only fill up the size of a graph
         if chunk == 0:
@@ -158,6 +168,123 @@ def prepare_kernel(
 
 
 @one_form()
+def prepare_kernel(
+    rows_ptr,  # [num_reqs, 6] int32
+    tokens_ptr,  # the slot tables, as above
+    blocks_ptr,
+    num_tokens_ptr,
+    num_computed_ptr,
+    num_drafts_ptr,
+    limit_ptr,
+    finished_ptr,
+    ids_ptr,  # [padded_rows] int64
+    positions_ptr,  # [padded_rows] int64
+    mapping_ptr,  # [padded_rows] int64
+    starts_ptr,  # [padded_reqs + 1] int32
+    seq_lens_ptr,  # [padded_reqs] int32
+    slots_ptr,  # [padded_reqs] int32
+    num_valid_ptr,  # [num_reqs] int64
+    logits_rows_ptr,  # [num_logits] int64
+    draw_positions_ptr,  # [num_logits] int64
+    tokens_stride,
+    blocks_stride,
+    num_reqs,
+    padded_reqs,
+    num_rows,
+    padded_rows,
+    BLOCK_SIZE: tl.constexpr,
+    LOGITS: tl.constexpr,  # most rows of logits of a request, padded
+    BLOCK: tl.constexpr,
+):
+    prepare_request(
+        tl.program_id(0), tl.program_id(1),
+        rows_ptr, tokens_ptr, blocks_ptr, num_tokens_ptr, num_computed_ptr, num_drafts_ptr, limit_ptr,
+        finished_ptr, ids_ptr, positions_ptr, mapping_ptr, starts_ptr, seq_lens_ptr, slots_ptr,
+        num_valid_ptr, logits_rows_ptr, draw_positions_ptr, tokens_stride, blocks_stride, num_reqs,
+        padded_reqs, num_rows, padded_rows, BLOCK_SIZE, LOGITS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_request(
+    request,
+    rows_ptr,  # [num_reqs, 6] int32
+    num_valid_ptr,  # [num_reqs] int64
+    drawn_ptr,  # [num_logits] int64
+    tokens_ptr,  # the slot tables, as above
+    stop_ids_ptr,
+    num_tokens_ptr,
+    num_computed_ptr,
+    num_drafts_ptr,
+    limit_ptr,
+    finished_ptr,
+    coins_ptr,  # [slots, coins_stride] float32, with SYNTHETIC
+    rates_ptr,  # [COLUMNS] float32
+    out_ptr,  # int64, the tokens of a sampled request, out_stride apart
+    numbers_ptr,  # int64: emitted, drafts, accepted, Finish
+    tokens_stride,
+    num_stop,
+    coins_stride,
+    out_stride,
+    number_stride,  # from one number to the next
+    sampled_stride,  # from one sampled request to the next
+    width,
+    COLUMNS: tl.constexpr,  # width, padded
+    STOPS: tl.constexpr,  # stop ids compared at a time
+    SYNTHETIC: tl.constexpr,  # drafts are accepted by coins, see octavo/speculation/acceptance.py
+):
+    """One program of `finish`."""
+    slot = tl.load(rows_ptr + request * 6).to(tl.int64)
+    is_verify = tl.load(rows_ptr + request * 6 + 2) != 0
+    sampled = tl.load(rows_ptr + request * 6 + 5)
+    num_valid = tl.load(num_valid_ptr + request)
+    advance = num_valid
+    if sampled >= 0:
+        columns = tl.where(is_verify, tl.load(rows_ptr + request * 6 + 1), 1)
+        first = tl.load(rows_ptr + request * 6 + 4)
+        known = tl.load(num_tokens_ptr + slot)
+        room = tl.load(limit_ptr + slot) - known
+        drafts = tl.where(is_verify, tl.maximum(num_valid - 1, 0), 0)
+        j = tl.arange(0, COLUMNS)
+        token = tl.load(drawn_ptr + first + j, mask=j < columns, other=-1)
+        text = tokens_ptr + slot * tokens_stride + known
+        draft = tl.load(text + j, mask=j < drafts, other=-1)
+        if SYNTHETIC:
+            coin = tl.load(coins_ptr + slot * coins_stride + known + j, mask=j < drafts, other=1.0)
+            draft = tl.where(coin < tl.load(rates_ptr + j), token.to(tl.int32), -2)
+        right = (token == draft.to(tl.int64)) & (j < drafts)
+        accepted = tl.min(tl.where(right, COLUMNS, j), axis=0).to(tl.int64)
+
+        # The padding of stop ids is -1, and so is the token of a row that had no legal one.
+        is_stop = j < 0
+        for start in range(0, num_stop, STOPS):
+            s = start + tl.arange(0, STOPS)
+            stop = tl.load(stop_ids_ptr + slot * num_stop + s, mask=s < num_stop, other=-2)
+            is_stop = is_stop | (tl.max((token[:, None] == stop[None, :]).to(tl.int32), axis=1) > 0)
+        before_stop = tl.min(tl.where(is_stop & (j < width), j, width), axis=0).to(tl.int64)
+        emitted = tl.minimum(tl.minimum(accepted, before_stop) + 1, room)
+        emitted = tl.where(num_valid > 0, emitted, 0)
+        finish = tl.where(emitted == room, 2, 0)
+        finish = tl.where(before_stop < emitted, 1, finish)
+        finish = tl.where(num_valid > 0, finish, 0)
+
+        tl.debug_barrier()  # drafts are read before tokens take their place
+        tl.store(text + j, token.to(tl.int32), mask=j < emitted)
+        tl.store(out_ptr + sampled.to(tl.int64) * out_stride + j, token, mask=j < width)
+        numbers = numbers_ptr + sampled * sampled_stride
+        tl.store(numbers, emitted)
+        tl.store(numbers + number_stride, drafts)
+        tl.store(numbers + 2 * number_stride, tl.minimum(accepted, emitted))
+        tl.store(numbers + 3 * number_stride, finish.to(tl.int64))
+        tl.store(num_tokens_ptr + slot, known + emitted)
+        if finish != 0:
+            tl.store(finished_ptr + slot, 1)
+        advance = tl.where(is_verify, emitted, advance)
+    tl.store(num_computed_ptr + slot, tl.load(num_computed_ptr + slot) + advance)
+    tl.store(num_drafts_ptr + slot, 0)
+
+
+@one_form()
 def finish_kernel(
     rows_ptr,  # [num_reqs, 6] int32
     num_valid_ptr,  # [num_reqs] int64
@@ -178,51 +305,11 @@ def finish_kernel(
     COLUMNS: tl.constexpr,  # width, padded
     STOPS: tl.constexpr,  # stop ids compared at a time
 ):
-    request = tl.program_id(0)
-    slot = tl.load(rows_ptr + request * 6).to(tl.int64)
-    is_verify = tl.load(rows_ptr + request * 6 + 2) != 0
-    sampled = tl.load(rows_ptr + request * 6 + 5)
-    num_valid = tl.load(num_valid_ptr + request)
-    advance = num_valid
-    if sampled >= 0:
-        columns = tl.where(is_verify, tl.load(rows_ptr + request * 6 + 1), 1)
-        first = tl.load(rows_ptr + request * 6 + 4)
-        known = tl.load(num_tokens_ptr + slot)
-        room = tl.load(limit_ptr + slot) - known
-        drafts = tl.where(is_verify, tl.maximum(num_valid - 1, 0), 0)
-        j = tl.arange(0, COLUMNS)
-        token = tl.load(drawn_ptr + first + j, mask=j < columns, other=-1)
-        text = tokens_ptr + slot * tokens_stride + known
-        draft = tl.load(text + j, mask=j < drafts, other=-1)
-        right = (token == draft.to(tl.int64)) & (j < drafts)
-        accepted = tl.min(tl.where(right, COLUMNS, j), axis=0).to(tl.int64)
-
-        # The padding of stop ids is -1, and so is the token of a row that had no legal one.
-        is_stop = j < 0
-        for start in range(0, num_stop, STOPS):
-            s = start + tl.arange(0, STOPS)
-            stop = tl.load(stop_ids_ptr + slot * num_stop + s, mask=s < num_stop, other=-2)
-            is_stop = is_stop | (tl.max((token[:, None] == stop[None, :]).to(tl.int32), axis=1) > 0)
-        before_stop = tl.min(tl.where(is_stop & (j < width), j, width), axis=0).to(tl.int64)
-        emitted = tl.minimum(tl.minimum(accepted, before_stop) + 1, room)
-        emitted = tl.where(num_valid > 0, emitted, 0)
-        finish = tl.where(emitted == room, 2, 0)
-        finish = tl.where(before_stop < emitted, 1, finish)
-        finish = tl.where(num_valid > 0, finish, 0)
-
-        tl.debug_barrier()  # drafts are read before tokens take their place
-        tl.store(text + j, token.to(tl.int32), mask=j < emitted)
-        tl.store(out_ptr + sampled.to(tl.int64) * width + j, token, mask=j < width)
-        tl.store(numbers_ptr + sampled, emitted)
-        tl.store(numbers_ptr + num_sampled + sampled, drafts)
-        tl.store(numbers_ptr + 2 * num_sampled + sampled, tl.minimum(accepted, emitted))
-        tl.store(numbers_ptr + 3 * num_sampled + sampled, finish.to(tl.int64))
-        tl.store(num_tokens_ptr + slot, known + emitted)
-        if finish != 0:
-            tl.store(finished_ptr + slot, 1)
-        advance = tl.where(is_verify, emitted, advance)
-    tl.store(num_computed_ptr + slot, tl.load(num_computed_ptr + slot) + advance)
-    tl.store(num_drafts_ptr + slot, 0)
+    finish_request(
+        tl.program_id(0), rows_ptr, num_valid_ptr, drawn_ptr, tokens_ptr, stop_ids_ptr, num_tokens_ptr,
+        num_computed_ptr, num_drafts_ptr, limit_ptr, finished_ptr, drawn_ptr, drawn_ptr, out_ptr, numbers_ptr,
+        tokens_stride, num_stop, 0, width, num_sampled, 1, width, COLUMNS, STOPS, False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +349,25 @@ class StepOutputs:
     draw_positions: torch.Tensor  # [num_logits] int64
 
 
-def change(tables: SlotTables, changes: torch.Tensor, values: torch.Tensor, longest: int) -> None:
+@dataclass(frozen=True, slots=True)
+class SlotDraws:
+    """How each slot draws, as far as a graph's own draw knows it: by temperature alone."""
+
+    temperature: torch.Tensor  # [slots] float32, 0 is greedy
+    seed: torch.Tensor  # [slots] int64
+
+    @classmethod
+    def allocate(cls, num_slots: int, device: torch.device) -> SlotDraws:
+        """All greedy."""
+        return cls(
+            torch.zeros(num_slots, dtype=torch.float32, device=device),
+            torch.zeros(num_slots, dtype=torch.int64, device=device),
+        )
+
+
+def change(
+    tables: SlotTables, draws: SlotDraws, changes: torch.Tensor, values: torch.Tensor, longest: int
+) -> None:
     """Carry out changes [n, 5] whose values lie in `values`; no two may write to the same place.
 
     longest: the greatest count among them.
@@ -274,7 +379,8 @@ def change(tables: SlotTables, changes: torch.Tensor, values: torch.Tensor, long
     block = 1024
     change_kernel[(len(changes), max(1, -(-longest // block)))](
         changes, values, tables.tokens, tables.block_table, tables.stop_ids, *tables.counters,
-        tables.tokens.stride(0), tables.block_table.stride(0), tables.stop_ids.shape[1], BLOCK=block,
+        draws.temperature, draws.seed, tables.tokens.stride(0), tables.block_table.stride(0),
+        tables.stop_ids.shape[1], BLOCK=block,
         num_warps=4,
     )  # fmt: skip
 

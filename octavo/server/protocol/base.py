@@ -8,14 +8,17 @@ this server cannot do stands in `REFUSED`; one that nobody knows is warned about
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.errors import RequestError
 
 MAX_WARNINGS = 20  # named one by one; a header has no room for more
 MAX_NAME_SHOWN = 60
+
+# Python's whole numbers have no end, those of floats and of messages between processes have.
+Whole = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
 class ApiModel(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from octavo.errors import RequestError
-from octavo.server.protocol.base import ApiModel
+from octavo.server.protocol.base import ApiModel, Whole
 from octavo.server.protocol.generation import COMMON_IGNORED, COMMON_REFUSED, GenerationRequest
 from octavo.server.settings import ServeSettings
 
@@ -108,11 +108,11 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = Field(
+    max_completion_tokens: Whole | None = Field(
         None, description="as max_tokens; default: the rest of the context"
     )
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from octavo.errors import RequestError
+from octavo.server.protocol.base import Whole
 from octavo.server.protocol.generation import COMMON_REFUSED, GenerationRequest
 from octavo.server.settings import ServeSettings
 
@@ -20,7 +21,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         description="a text, token ids, or a list of either; the choices come in its order"
     )
-    logprobs: int | None = None
+    logprobs: Whole | None = None
 
     def check(self, settings: ServeSettings) -> list[str]:
         """See GenerationRequest."""

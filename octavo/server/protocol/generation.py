@@ -9,7 +9,7 @@ from pydantic import Field
 
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
-from octavo.server.protocol.base import ApiModel, ApiRequest
+from octavo.server.protocol.base import ApiModel, ApiRequest, Whole
 from octavo.server.settings import ServeSettings
 
 MAX_STOP_LENGTH = 4096  # characters of one stop string
@@ -91,31 +91,31 @@ class GenerationRequest(ApiRequest):
     model: str | None = Field(default=None, description="one of /v1/models; left out, the only one")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    best_of: int | None = Field(default=None, description="answers made, of which the n best are returned")
+    n: Whole | None = None
+    best_of: Whole | None = Field(default=None, description="answers made, of which the n best are returned")
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Whole] | None = None
     include_stop_str_in_output: bool | None = None
     bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: list[Whole] | None = None
     logit_bias: dict[str, float] | None = Field(
         default=None, description="token id -> what is added to its logit"
     )
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
     ignore_eos: bool | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Whole | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = Field(
+    truncate_prompt_tokens: Whole | None = Field(
         None, description="keep the last so many prompt tokens; -1: fit"
     )
     return_token_ids: bool | None = None
@@ -128,9 +128,9 @@ class GenerationRequest(ApiRequest):
     guided_grammar: str | None = None
     guided_choice: list[str] | None = None
     prediction: Prediction | None = None
-    num_speculative_tokens: int | Literal["auto"] | None = None
+    num_speculative_tokens: Whole | Literal["auto"] | None = None
     cache_salt: str | None = None
-    priority: int | None = None
+    priority: Whole | None = None
     trace: bool | None = Field(default=None, description="one record a verification in usage.speculation")
 
     @property

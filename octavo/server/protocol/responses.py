@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError
 
 from octavo.errors import RequestError
-from octavo.server.protocol.base import ApiModel, ApiRequest
+from octavo.server.protocol.base import ApiModel, ApiRequest, Whole
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.settings import ServeSettings
 
@@ -73,30 +73,30 @@ class ResponsesRequest(ApiRequest):
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Whole | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     include: list[str] | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     truncation: str | None = None
     metadata: dict[str, str] | None = None
     # beyond OpenAI's schema, as in chat
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     ignore_eos: bool | None = None
     prediction: dict[str, Any] | None = None
-    num_speculative_tokens: int | Literal["auto"] | None = None
+    num_speculative_tokens: Whole | Literal["auto"] | None = None
     cache_salt: str | None = None
-    priority: int | None = None
+    priority: Whole | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property

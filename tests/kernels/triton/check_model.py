@@ -96,6 +96,10 @@ def test_programs_that_share_a_row_fold_as_one_does(tmp_path: Path, monkeypatch:
     for each in (shared, alone):
         each.step([(0, list(range(75)))])
     together = shared.step([(0, [1])])
+    monkeypatch.setattr(attention, "FULL", 1)  # each tile alone, though several programs might share it
+    lonely = run(folder, GpuOps((torch.float32,)), TritonBackend())
+    lonely.step([(0, list(range(75)))])
+    assert torch.equal(together, lonely.step([(0, [1])]))
     monkeypatch.setattr(decoder, "_SHARED_ROWS", 0)
     assert torch.equal(together, alone.step([(0, [1])]))
 

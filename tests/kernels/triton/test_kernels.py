@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
-@pytest.mark.parametrize("name", ["products", "model", "sample", "step", "lookup", "draft"])
+@pytest.mark.parametrize(
+    "name", ["products", "model", "sample", "step", "whole_step", "lookup", "draft", "whole_pass", "shared"]
+)
 def test_interpreted(name: str) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     command = [

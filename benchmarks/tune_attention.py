@@ -1,0 +1,149 @@
+"""Times ways to cut decode attention on this GPU, against the time its keys and values take to read.
+
+    python -m benchmarks.tune_attention --model qwen3-0.6b --rows 1 16 64 --context 640
+
+Each row is a request of its own with the same context; a chain of layers runs in one CUDA graph, over
+so many caches that none stays in the second-level cache. Variants are compiled by several processes first.
+"""
+
+# mypy: disable-error-code="misc"
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.decode_step import BANDWIDTH, BLOCK_SIZE, capture, decode_batch, milliseconds
+from benchmarks.gpu_workloads import MODELS
+from octavo.attention.backend import AttentionSpec
+from octavo.kernels.triton import attention
+from octavo.kernels.triton.attention import QueryTiling, Scratch
+from octavo.kernels.triton.decoder import narrow_tiling
+
+
+class Cut(NamedTuple):
+    """One way to cut."""
+
+    group: int
+    stages: int
+    warps: int
+    parts: int
+
+
+def cuts(rows: int, kv_heads: int) -> list[Cut]:
+    """What is tried."""
+    found = []
+    # Keys are found through the block table, so Triton makes a buffer of two stages.
+    for group, stages, warps in itertools.product((64, 128), (4, 6, 8), (4, 8)):
+        buffers = (stages - 2) // 2
+        if group > 128 or (warps == 8 and group == 64):
+            continue
+        if group * 512 * buffers > 140_000 or (rows <= 2 and buffers > 2):
+            continue
+        for parts in (1, 2, 4, 8, 16):
+            programs = rows * kv_heads * parts
+            if 60 <= programs <= 2200 or (rows == 1 and parts == 16):
+                found.append(Cut(group, stages, warps, parts))
+    return found
+
+
+class Bench:
+    """A chain of attention launches."""
+
+    def __init__(self, config: dict[str, Any], rows: int, context: int, copies: int) -> None:
+        heads, kv_heads, dim = (
+            config["num_attention_heads"],
+            config["num_key_value_heads"],
+            config["head_dim"],
+        )
+        self.spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
+        self.meta = decode_batch(rows, context)
+        shape = (self.meta.block_table.numel(), 2, kv_heads, BLOCK_SIZE, dim)
+        self.caches = [torch.randn(shape, device="cuda").bfloat16() for _ in range(copies)]
+        self.q = torch.randn(rows, heads, dim, device="cuda").bfloat16()
+        self.out = torch.empty_like(self.q)
+
+    def all(self, cut: Cut) -> Callable[[], None]:
+        """The chain that is timed."""
+        tiling = QueryTiling(16, cut.stages, cut.warps, group=cut.group)
+        scratch = Scratch.allocate(
+            self.meta.num_tokens,
+            self.meta.max_seq_len,
+            self.spec,
+            4 * self.meta.num_tokens + 4,
+            self.q.device,
+        )
+
+        def work() -> None:
+            plan = attention.plan(self.meta, self.spec, tiling, cut.parts)
+            attention.attend(self.q, self.caches[0], self.out, self.meta, self.spec, plan, scratch, False)
+            for cache in self.caches[1:]:
+                attention.attend(self.q, cache, self.out, self.meta, self.spec, plan, scratch, True)
+
+        return work
+
+
+def _compile(job: tuple[dict[str, Any], int, list[Cut]]) -> int:
+    config, rows, wanted = job
+    bench = Bench(config, rows, 40, 2)
+    for cut in wanted:
+        try:
+            bench.all(cut)()
+        except Exception as error:
+            print(rows, cut, repr(error)[:100], flush=True)
+    torch.cuda.synchronize()
+    return len(wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", choices=sorted(MODELS), nargs="+", default=["qwen3-0.6b"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, default=640)
+    parser.add_argument("--copies", type=int, default=12)
+    parser.add_argument("--show", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=14)
+    arguments = parser.parse_args()
+    jobs = []
+    for model in arguments.models:
+        config = MODELS[model]
+        every = sorted({cut for rows in arguments.rows for cut in cuts(rows, config["num_key_value_heads"])})
+        shares = arguments.processes // len(arguments.models)
+        jobs += [(config, 16, every[start::shares]) for start in range(shares)]
+    with concurrent.futures.ProcessPoolExecutor(
+        arguments.processes, multiprocessing.get_context("spawn")
+    ) as pool:
+        print("compiled", sum(pool.map(_compile, jobs)), flush=True)
+    for model, rows in itertools.product(arguments.models, arguments.rows):
+        config = MODELS[model]
+        bench = Bench(config, rows, arguments.context, arguments.copies)
+        kv = config["num_key_value_heads"] * config["head_dim"]
+        least = rows * arguments.context * 4 * kv / BANDWIDTH * 1e6
+        results = []
+        for cut in cuts(rows, config["num_key_value_heads"]):
+            try:
+                took = milliseconds(capture(bench.all(cut)), 9) / arguments.copies * 1e3
+            except Exception as error:
+                print(rows, cut, repr(error)[:100], flush=True)
+                continue
+            results.append((took, cut))
+        results.sort()
+        tiling, parts = narrow_tiling(rows, config["num_key_value_heads"])
+        now = Cut(tiling.group or attention.GROUP, tiling.stages, tiling.warps, parts)
+        for took, cut in results[: arguments.show] + [pair for pair in results if pair[1] == now]:
+            print(
+                json.dumps({
+                    "model": model, "rows": rows, "us": round(took, 2), "limit_us": round(least, 2),
+                    "of_limit": round(least / took, 3), "cut": tuple(cut), "now": cut == now,
+                }), flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Offline jobs: many requests from a file or a dataset, results that survive interruption."""

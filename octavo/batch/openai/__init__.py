@@ -1,0 +1,1 @@
+"""OpenAI's batch files: one request a line in, one answer a line out."""

@@ -1,0 +1,433 @@
+"""What is to be measured: one run's specification, checked before anything is loaded.
+
+A `RunSpec` is plain data. It comes from the flags of `octavo bench`, from the environment variables of
+`run_benchmark.sh` (`octavo.bench.variables`) or from a program; `effective` is what the result file says
+was run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.bench.slo import parse_slo
+from octavo.errors import ConfigError, OctavoError
+
+ENGINES = ("octavo", "transformers", "vllm", "url")
+METHODS = ("target_ar", "drafter_ar", "speculative", "prompt_lookup")
+ARRIVALS = ("poisson", "constant", "gamma", "trace", "closed")
+STRATEGIES = ("shared_all", "single", "separate", "ratio")
+DTYPES = ("auto", "half", "float16", "bfloat16", "float32")
+DEFAULT_DRAFTS = 5  # engines that cannot choose the number themselves
+
+# How each engine that is not ours is got.
+HOW_TO_INSTALL = {
+    "vllm": "pip install vllm (it needs its own version of torch: best in a virtual environment of its own, "
+    "served there and measured from here with --engine url=http://…)",
+    "transformers": "pip install 'octavo[transformers]'",
+}
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How every engine draws. temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 42
+    max_tokens: int = 100
+    ignore_eos: bool = False  # exactly max_tokens tokens
+
+    def check(self) -> None:
+        """Raise ConfigError for an illegal value."""
+        if self.max_tokens < 1:
+            raise ConfigError(f"GENERATION_LENGTH (--max-tokens) must be at least 1, not {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"TEMPERATURE must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"TOP_P must be above 0 and at most 1 (off), not {self.top_p}")
+        if self.top_k < -1:
+            raise ConfigError(f"TOP_K must be 0 (off) or more, not {self.top_k}")
+        if self.seed < 0:
+            raise ConfigError(f"SEED must be 0 or more, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """When requests come.
+
+    With `num_prompts` above 0 that many come, otherwise as many as `duration` seconds bring. An infinite
+    `rate` sends all at once. "closed" keeps `concurrency` requests open and knows no rate.
+    """
+
+    arrival: str = "poisson"
+    num_prompts: int = 0
+    rate: float = 1.0  # requests a second
+    duration: float = 300.0  # seconds in which requests are sent
+    burstiness: float = 1.0  # of "gamma": 1 is Poisson, below it clumps, above it is more regular
+    concurrency: int = 1
+    trace_file: str | None = None
+
+    @property
+    def open_loop(self) -> bool:
+        """True if requests come whether or not earlier ones have been answered."""
+        return self.arrival != "closed"
+
+    @property
+    def all_at_once(self) -> bool:
+        """True if every request is sent at the start."""
+        return self.open_loop and self.arrival != "trace" and math.isinf(self.rate)
+
+    def check(self) -> None:
+        """Raise ConfigError for an illegal value."""
+        _one_of(self.arrival, ARRIVALS, "ARRIVAL (--arrival)")
+        if self.num_prompts < 0:
+            raise ConfigError(f"NUM_PROMPTS must be 0 (by time) or more, not {self.num_prompts}")
+        if self.open_loop and self.arrival != "trace" and not self.rate > 0:
+            raise ConfigError(
+                f"AUTO_RATE (--rate) is {self.rate:g} requests a second, so none would ever come: give a "
+                f"rate "
+                "above 0, inf (all at once, with NUM_PROMPTS), or ARRIVAL=closed with CONCURRENCY"
+            )
+        if self.all_at_once and not self.num_prompts:
+            raise ConfigError("AUTO_RATE=inf sends everything at once: say how many with NUM_PROMPTS")
+        if not self.num_prompts and not (math.isfinite(self.duration) and self.duration > 0):
+            raise ConfigError(f"AUTO_DURATION must be above 0 seconds, not {self.duration:g}")
+        if not (math.isfinite(self.burstiness) and self.burstiness > 0):
+            raise ConfigError(f"BURSTINESS must be above 0 (1 is Poisson), not {self.burstiness:g}")
+        if self.concurrency < 1:
+            raise ConfigError(f"CONCURRENCY must be at least 1, not {self.concurrency}")
+        if self.arrival == "trace":
+            if not self.trace_file:
+                raise ConfigError("ARRIVAL=trace needs a file: ARRIVAL=path/to/trace.jsonl, or --trace FILE")
+            if not Path(self.trace_file).is_file():
+                raise ConfigError(f"there is no trace file {self.trace_file}")
+
+    def describe(self) -> str:
+        """One line for people."""
+        many = f"{self.num_prompts} requests" if self.num_prompts else f"for {self.duration:g} s"
+        if not self.open_loop:
+            return f"closed loop, {self.concurrency} at a time, {many}"
+        if self.arrival == "trace":
+            return f"trace {self.trace_file}"
+        if self.all_at_once:
+            return f"{many}, all at once"
+        how = f"gamma (burstiness {self.burstiness:g})" if self.arrival == "gamma" else self.arrival
+        return f"{self.rate:g} requests/s, {how}, {many}"
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Static batching of the transformers engine."""
+
+    enabled: bool = True
+    size: int = 8
+    max_length: int = 512  # a longer prompt is never padded together with others
+
+
+@dataclass(frozen=True)
+class PlacementSpec:
+    """Where the transformers engine puts target and drafter, if there are GPUs."""
+
+    strategy: str = "shared_all"
+    target_gpu: int = 0
+    drafter_gpu: int = 0
+    target_ratio: float = 0.8
+    drafter_ratio: float = 0.2
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of one engine with one method."""
+
+    engine: str = "octavo"
+    method: str = "target_ar"
+    model: str = "smollm2"
+    drafter: str | None = None
+    num_speculative_tokens: int | str | None = None  # None: auto (octavo), 5 (other engines)
+    served: bool = False  # through HTTP, from a server that the run starts and ends
+    url: str | None = None  # engine "url": where it is
+    endpoint: str = "auto"  # of a url: chat, completions; auto: chat where the prompt has messages
+    api_key: str | None = field(default=None, repr=False)
+    tokenizer: str | None = None  # of a url: to count tokens where the server does not
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    load: LoadSpec = field(default_factory=LoadSpec)
+    engine_options: Mapping[str, Any] = field(default_factory=dict)  # names of octavo.config.EngineArgs
+    batch: BatchSpec = field(default_factory=BatchSpec)
+    placement: PlacementSpec = field(default_factory=PlacementSpec)
+    warmup_requests: int = 2
+    repeat: int = 1
+    monitor: bool = True
+    monitor_interval: float = 0.5
+    request_timeout: float = 600.0
+    slo: str | None = None
+    clients: int = 1  # processes that send, for served and url targets
+    notices: tuple[str, ...] = ()  # what the reader of the result must know of how this spec came about
+
+    @property
+    def label(self) -> str:
+        """A short name: "octavo prompt_lookup"."""
+        return f"{self.engine}{' (served)' if self.served else ''} {self.method}"
+
+    @property
+    def over_http(self) -> bool:
+        """True if requests go over HTTP, from client processes of their own."""
+        return self.served or self.engine == "url"
+
+    @property
+    def serving_model(self) -> str:
+        """The model that answers: the drafter for drafter_ar."""
+        return self.drafter if self.method == "drafter_ar" and self.drafter else self.model
+
+    @property
+    def drafts(self) -> int | str | None:
+        """Drafts a step as this engine is told, None without speculation."""
+        if self.method not in ("speculative", "prompt_lookup"):
+            return None
+        if self.num_speculative_tokens is not None:
+            return self.num_speculative_tokens
+        return "auto" if self.engine == "octavo" else DEFAULT_DRAFTS
+
+    # ------------------------------------------------------------------ checks
+
+    def check(self) -> list[str]:
+        """Raise ConfigError (or OctavoError for what is not installed) before anything is loaded.
+
+        Returns warnings: what is unusual enough to stand in the result.
+        """
+        _one_of(self.engine, ENGINES, "INFERENCE_ENGINE (--engine)")
+        _one_of(self.method, METHODS, "INFERENCE_METHOD (--method)")
+        self._check_method()
+        self._check_engine()
+        self._check_counts()
+        self.sampling.check()
+        self.load.check()
+        if self.slo is not None:
+            parse_slo(self.slo)
+        self._check_parallel()
+        self._check_options()
+        return [*self.notices, *self._warnings()]
+
+    def _check_method(self) -> None:
+        if self.method in ("speculative", "drafter_ar") and not self.drafter and self.engine != "url":
+            raise ConfigError(
+                f"INFERENCE_METHOD={self.method} needs a draft model: name one with DRAFTER_MODEL (--drafter)"
+                + (
+                    ", or use INFERENCE_METHOD=prompt_lookup, which drafts from the text itself"
+                    if self.method == "speculative"
+                    else ""
+                )
+            )
+        if self.engine == "url" and self.method == "drafter_ar":
+            raise ConfigError("a URL serves one model: name the draft model as TARGET_MODEL, with target_ar")
+        count = self.num_speculative_tokens
+        if count is None:
+            return
+        if isinstance(count, str):
+            if count != "auto":
+                raise ConfigError(f'VLLM_NUM_SPECULATIVE_TOKENS must be 1 to 16 or "auto", not {count!r}')
+            if self.engine != "octavo" and self.method in ("speculative", "prompt_lookup"):
+                raise ConfigError(
+                    f"only octavo chooses the number of drafts itself; give {self.engine} a number from 1 "
+                    f"to 16 "
+                    "(VLLM_NUM_SPECULATIVE_TOKENS or GAMMA_VALUE)"
+                )
+        elif not 1 <= count <= 16:
+            raise ConfigError(
+                f"VLLM_NUM_SPECULATIVE_TOKENS (or GAMMA_VALUE) must be 1 to 16 or auto, not {count}"
+            )
+
+    def _check_engine(self) -> None:
+        if self.engine == "url":
+            if not self.url or not self.url.startswith(("http://", "https://")):
+                raise ConfigError("a url engine is written url=http://HOST:PORT (or https://…)")
+            if self.served:
+                raise ConfigError("a URL is a server already; leave --served out")
+            _one_of(self.endpoint, ("auto", "chat", "completions"), "--endpoint")
+        elif self.engine == "transformers" and self.served:
+            raise ConfigError("transformers is measured in process only: it has no server here")
+        if self.over_http and importlib.util.find_spec("aiohttp") is None:
+            raise OctavoError("measuring over HTTP needs aiohttp: pip install 'octavo[bench]'")
+        needed = self.engine
+        if needed in HOW_TO_INSTALL and not is_installed(needed):
+            raise OctavoError(f"the engine {needed} is not installed: {HOW_TO_INSTALL[needed]}")
+
+    def _check_counts(self) -> None:
+        for name, least in (("warmup_requests", 0), ("repeat", 1), ("clients", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not self.request_timeout > 0:
+            raise ConfigError(f"the request timeout must be above 0 seconds, not {self.request_timeout:g}")
+        if not self.monitor_interval > 0:
+            raise ConfigError(f"GPU_MONITOR_INTERVAL must be above 0 seconds, not {self.monitor_interval:g}")
+        if self.batch.size < 1:
+            raise ConfigError(f"BATCH_SIZE must be at least 1, not {self.batch.size}")
+        if self.batch.max_length < 1:
+            raise ConfigError(f"MAX_BATCH_LENGTH must be at least 1, not {self.batch.max_length}")
+        place = self.placement
+        _one_of(place.strategy, STRATEGIES, "GPU_STRATEGY")
+        if place.target_gpu < 0 or place.drafter_gpu < 0:
+            raise ConfigError("TARGET_GPU and DRAFTER_GPU are device numbers: 0, 1, …")
+        if min(place.target_ratio, place.drafter_ratio) <= 0 or place.target_ratio + place.drafter_ratio > 1:
+            raise ConfigError(
+                "TARGET_GPU_RATIO and DRAFTER_GPU_RATIO are shares of a card's memory: both above 0, "
+                "together "
+                f"at most 1, not {place.target_ratio:g} and {place.drafter_ratio:g}"
+            )
+
+    def _check_parallel(self) -> None:
+        pipeline = self.engine_options.get("pipeline_parallel_size", 1)
+        if pipeline != 1:
+            raise ConfigError(
+                f"VLLM_PIPELINE_PARALLEL_SIZE={pipeline}: only 1 is supported; share a model between GPUs "
+                f"with "
+                "VLLM_TENSOR_PARALLEL_SIZE"
+            )
+        size = self.engine_options.get("tensor_parallel_size", 1)
+        if size < 1:
+            raise ConfigError(f"VLLM_TENSOR_PARALLEL_SIZE must be at least 1, not {size}")
+        if size == 1 or self.engine == "url":
+            return
+        there = gpu_count()
+        if size > there:
+            raise ConfigError(
+                f"VLLM_TENSOR_PARALLEL_SIZE={size} is more than the GPUs of this machine: {_gpus(there)}. "
+                + (f"Give {there} or fewer" if there else "Leave it at 1, which runs on the CPU")
+            )
+
+    def _check_options(self) -> None:
+        if self.engine == "octavo":
+            from octavo.config import EngineArgs
+
+            EngineArgs.from_kwargs(**self.octavo_kwargs())
+        elif self.engine != "url":
+            from octavo.bench.targets import known_options
+
+            known = known_options(self.engine)
+            unknown = sorted(set(self.engine_options) - set(known))
+            if unknown:
+                raise ConfigError(
+                    f"the {self.engine} engine has no option {', '.join(unknown)}; it has {', '.join(known)}"
+                )
+        elif self.engine_options:
+            raise ConfigError(
+                f"a URL is configured where it is served: {', '.join(self.engine_options)} cannot be set "
+                f"from here"
+            )
+        dtype = self.engine_options.get("dtype", "auto")
+        _one_of(dtype, DTYPES, "VLLM_DTYPE (--dtype)")
+
+    def _warnings(self) -> list[str]:
+        found = []
+        speculates = self.method in ("speculative", "prompt_lookup")
+        if self.engine == "transformers" and speculates:
+            found.append(
+                "transformers speculates for one request at a time (it refuses larger batches): compare "
+                "it with "
+                "target_ar at BATCH_SIZE=1 as well"
+            )
+        if self.engine == "url" and speculates:
+            found.append(
+                f"whether the server at {self.url} speculates is its own affair: method={self.method} "
+                f"only names "
+                "this result"
+            )
+        if self.engine == "octavo" and self.batch != BatchSpec():
+            found.append(
+                "ENABLE_BATCH, BATCH_SIZE and MAX_BATCH_LENGTH do nothing here: octavo batches always"
+            )
+        if self.engine != "transformers" and self.placement != PlacementSpec():
+            found.append("GPU_STRATEGY and its relatives place the models of the transformers engine only")
+        return found
+
+    # ------------------------------------------------------------------ what engines are given
+
+    def octavo_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `octavo.LLM`, as method and options have them."""
+        options = {name: value for name, value in self.engine_options.items() if value is not None}
+        options.setdefault("dtype", "auto")
+        if self.method == "prompt_lookup":
+            options["speculative"] = {"method": "prompt_lookup", "num_speculative_tokens": self.drafts}
+        elif self.method == "speculative":
+            options["speculative"] = {
+                "method": "draft_model",
+                "model": self.drafter,
+                "num_speculative_tokens": self.drafts,
+            }
+        return {"model": self.serving_model, **options}
+
+    def effective(self) -> dict[str, Any]:
+        """What was run, for the result file. Keys and tokens of the user are not in it."""
+        plain = asdict(self)
+        for name in ("api_key", "notices", "engine", "method"):
+            del plain[name]
+        plain["num_speculative_tokens"] = self.drafts
+        plain["served_over_http"] = self.over_http
+        if self.engine == "transformers":
+            one = self.method in ("speculative", "prompt_lookup") or not self.batch.enabled
+            plain["effective_batch_size"] = 1 if one else self.batch.size
+        else:
+            del plain["batch"], plain["placement"]
+        if math.isinf(self.load.rate):
+            plain["load"]["rate"] = "inf"
+        if not self.slo:
+            del plain["slo"]
+        if self.engine != "url":
+            for name in ("url", "endpoint", "tokenizer"):
+                del plain[name]
+        return plain
+
+
+def parse_engine(text: str) -> dict[str, Any]:
+    """Fields of a RunSpec from what a user writes: octavo, octavo-served, vllm, url=http://…
+
+    Raises ConfigError for anything else, with the nearest name.
+    """
+    if text.startswith("url="):
+        return {"engine": "url", "url": text[len("url=") :].rstrip("/")}
+    if text.startswith(("http://", "https://")):
+        return {"engine": "url", "url": text.rstrip("/")}
+    if text in ("octavo-served", "vllm-served"):
+        return {"engine": text.removesuffix("-served"), "served": True}
+    if text == "url":
+        raise ConfigError("a url engine is written url=http://HOST:PORT")
+    _one_of(text, ENGINES, "INFERENCE_ENGINE (--engine)", "octavo-served, vllm-served, url=http://…")
+    return {"engine": text}
+
+
+def is_installed(package: str) -> bool:
+    """True if `package` could be imported; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a stand-in in sys.modules without a spec
+        return True
+
+
+def gpu_count() -> int:
+    """GPUs that this process may use; 0 without a driver. Loads torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():
+        return 0
+    from octavo.platform import detect
+
+    return len(detect("auto").gpus)
+
+
+def _gpus(count: int) -> str:
+    return {0: "it has none", 1: "it has 1"}.get(count, f"it has {count}")
+
+
+def _one_of(value: str, known: tuple[str, ...], name: str, more: str = "") -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    also = f" (also {more})" if more else ""
+    raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}{also}{hint}")
