@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 from octavo.cli.main import main
 
@@ -56,12 +57,13 @@ def run(arguments: list[str]) -> int:
         store.set(_DONE, "1")
 
 
-def _store(is_host: bool):  # type: ignore[no-untyped-def]  # torch is imported only where it is needed
+def _store(is_host: bool) -> Any:
     """What the ranks meet at: torchrun's own store, or one of rank 0's under another launcher."""
-    from torch.distributed import TCPStore
+    import torch.distributed
 
     has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(
+    distributed: Any = torch.distributed  # torch's own types leave the store out
+    return distributed.TCPStore(
         os.environ.get("MASTER_ADDR", "127.0.0.1"),
         int(os.environ["MASTER_PORT"]),
         is_master=is_host and not has_one,

@@ -19,7 +19,8 @@ import statistics
 import time
 
 from octavo.core.cost_model import CostModel
-from octavo.core.draft_budget import DraftBudget, StepFacts, StepResult
+from octavo.core.draft_budget import DraftBudget, DraftPlan, StepFacts, StepResult
+from octavo.core.messages import DraftPasses
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
 
@@ -51,7 +52,8 @@ def measure(batch: int, steps: int, acceptance: float, model: bool, flat_rows: i
             accepted.append(right)
         facts = StepFacts(states, rooms, kv_tokens=500 * batch)
         started = time.perf_counter()
-        plan = budget.plan(facts)
+        rests = budget.rests(batch)
+        plan = DraftPlan(states, [0] * batch) if rests else budget.plan(facts)
         planned = time.perf_counter() - started
         rows = batch + sum(asked)
         result = StepResult(
@@ -66,9 +68,13 @@ def measure(batch: int, steps: int, acceptance: float, model: bool, flat_rows: i
             asked=asked,
             drafted=asked,
             accepted=accepted,
+            passes=DraftPasses([batch] * plan.passes) if plan.passes else None,
         )
         started = time.perf_counter()
-        budget.observe(result)
+        if rests and not any(asked):
+            budget.observe_rest(batch, 500 * batch, result.target_seconds)
+        else:
+            budget.observe(result)
         if step >= 50:
             times.append(1e3 * (planned + time.perf_counter() - started))
             mean_drafts += sum(plan.num_drafts) / batch / steps

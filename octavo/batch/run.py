@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_THREAD_NAME = "octavo-load"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -23,7 +26,23 @@ def run_async(main: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> tuple[
 
     Raises what `main` raises; KeyboardInterrupt after a second signal. For the main thread.
     """
-    return asyncio.run(_with_signals(main))
+    try:
+        return asyncio.run(_with_signals(main))
+    except KeyboardInterrupt:
+        leave(exit_code(signal.SIGINT))
+        raise
+
+
+def leave(code: int) -> int:
+    """The exit code, unless a call of `in_thread` was left half-done: then the process ends here with it.
+
+    The interpreter's own end would take down the libraries below a model that is still being loaded.
+    """
+    if any(thread.name == _THREAD_NAME for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 async def in_thread(call: Callable[[], T], drop: Callable[[T], None] = lambda result: None) -> T:
@@ -54,7 +73,7 @@ async def in_thread(call: Callable[[], T], drop: Callable[[T], None] = lambda re
             else:
                 loop.call_soon_threadsafe(tell, result)
 
-    threading.Thread(target=run, name="octavo-load", daemon=True).start()
+    threading.Thread(target=run, name=_THREAD_NAME, daemon=True).start()
     return await found
 
 

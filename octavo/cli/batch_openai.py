@@ -76,7 +76,7 @@ def command(
     from octavo.batch.checkpoint import fingerprint
     from octavo.batch.openai.job import OpenAIJob, run_openai_job
     from octavo.batch.openai.lines import check_readable
-    from octavo.batch.run import exit_code, in_thread, run_async
+    from octavo.batch.run import exit_code, in_thread, leave, run_async
     from octavo.batch.work import shaping_options
     from octavo.config import EngineArgs
 
@@ -111,7 +111,7 @@ def command(
     if not quiet:
         _report(job.output_file, summary)
     if ended_by is not None and summary.num_done < summary.total:
-        return exit_code(ended_by)
+        return leave(exit_code(ended_by))
     return 0 if summary.all_succeeded else 1
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 _MAX_SURPRISE = 0.25  # of log(observed / expected)
 _SPEED_RATE = 0.04  # at last; the first observations count for more
 _LOCAL_RATE = 0.04  # at last; the first observations of a table entry count for more
+_UNEVEN = 1.1  # how much worse than its parts a larger pass may be
 _DELIBERATE_RATE = 0.15  # of a measurement that was made on purpose, and is rare
 
 
@@ -42,9 +43,14 @@ class CostModel:
         ordered = sorted(table)
         self._rows = [float(rows) for rows, _ in ordered]
         self._measured: list[float] = []
-        for _, seconds in ordered:
-            # More rows are never faster; where the measurement says so it was noise.
-            self._measured.append(max(seconds, 1e-9, *self._measured[-1:]))
+        for index, (rows, seconds) in enumerate(ordered):
+            # More rows are never faster, and never slower than several passes of fewer; where the
+            # measurement says so it was disturbed.
+            if index:
+                least = self._measured[-1]
+                passes = math.ceil(rows / ordered[index - 1][0])
+                seconds = min(max(seconds, least), _UNEVEN * passes * least)
+            self._measured.append(max(seconds, 1e-9))
         self._values = list(self._measured)
         self._local = [0.0] * len(ordered)  # log of the correction of each entry
         self._weight = [0.0] * len(ordered)  # how much was seen of it

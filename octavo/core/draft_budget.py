@@ -20,7 +20,10 @@ This file adds what makes a sequence of such decisions good:
 * *Sobriety.* What drafts promised when they were chosen is compared with what they brought. Where
   promises are not kept, because texts change faster than one can follow, they are discounted.
 * *Curiosity, on an allowance* (`draft_trials`). 0.5% of the device's time may be given away. A
-  request that has stopped drafting gets one draft now and then, to see whether its text has changed.
+  request that has stopped drafting gets one draft now and then, to see whether its text has changed,
+  and while these are right, twice as many each time.
+* *Rest.* Where nobody drafts and nothing new was seen, steps go without a plan, and of those one in
+  four is looked at: thinking costs time as well.
 * *Honesty.* From the same allowance, short windows of plain steps at the same load show what a
   plain step really takes. They correct the cost model, and the net speed-up is reported by it.
 * *Limits* (`draft_limits`). Drafts never take more than the token budget, the free KV blocks and

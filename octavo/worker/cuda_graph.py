@@ -149,7 +149,8 @@ class StepBuffers:
     def share(self, groups: Grouping) -> None:
         """The prefixes that steps from now on share. One copy, and the host does not wait."""
         parts = groups.lengths, groups.rows, groups.tiles.reshape(-1)
-        sent = to_device(np.concatenate(parts), self.positions.device).split([len(part) for part in parts])
+        together = to_device(np.concatenate(parts), self.positions.device)
+        sent = torch.split(together, [len(part) for part in parts])
         held = self.prefix_lengths, self.prefix_rows, self.prefix_tiles.view(-1)
         for place, values, rest in zip(held, sent, (0, -1, 0), strict=True):
             place[: len(values)] = values

@@ -33,7 +33,7 @@ from octavo.worker.model_runner import ModelRunner
 
 # Rows of logits at which a kernel takes another form: see kernels/triton/products and select.
 _LOGIT_ROWS = (1, 9, 17, 33, 65)
-_SHORT_PROMPT = 1000
+_SHORT_PROMPT, _SHORT_PROMPTS = 200, 1000  # rows of one, and of a step of them
 
 
 def warm_up(
@@ -93,13 +93,17 @@ def _run_steps(
     longest = min(runner.model.max_model_len - MAX_DRAFTS - 2, num_blocks * block_size - MAX_DRAFTS - 2)
     numbers = count(-1, -1)
     speculates = runner.proposes
-    # One long prompt; one too short for the library's attention, and too long for a graph; many.
+    # One long prompt; some too short for a long chunk's attention, together too long for a graph; many.
     if longest < 1:
         return
-    for total in (min(longest, max_step_rows), min(longest, max_step_rows, _SHORT_PROMPT), max_step_rows):
+    for total, each in (
+        (min(longest, max_step_rows), longest),
+        (min(_SHORT_PROMPTS, max_step_rows), min(_SHORT_PROMPT, longest)),
+        (max_step_rows, longest),
+    ):
         lengths: list[int] = []
         while total > 0 and len(lengths) < runner.state.num_slots:
-            lengths.append(min(longest, total))
+            lengths.append(min(each, total))
             total -= lengths[-1]
         if lengths[0] > SHORT_ROWS + 3 and len(lengths) < runner.state.num_slots:
             lengths[0] -= 3

@@ -115,7 +115,9 @@ def test_the_engine_is_asked_as_the_server_asks_it() -> None:
         workers = FakeWorkers(tokenizer=tokenizer)
         workers.keeps_items = True
         answerer = Answerer(workers, tokenizer, ("m",), seed=0, max_retries=0, settings=ServeSettings())
-        for number, (url, body) in enumerate([(CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "x"})]):
+        asked: list[tuple[str, dict[str, Any]]]
+        asked = [(CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "x"})]
+        for number, (url, body) in enumerate(asked):
             answer = await answerer.answer(RequestLine(number, f"r{number}", url, body))
             assert not answer.failed
         return [item.add_special_tokens for item in workers.items]

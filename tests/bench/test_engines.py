@@ -151,7 +151,8 @@ def test_served_gives_the_same_tokens(model: str, reference: RunResult) -> None:
     assert result.summary["total_drafted"] > 0  # from usage.speculation
     assert result.engine_metrics["source"] == "its /metrics page"
     assert result.engine_metrics["decode_rows"] > 0
-    assert all(r.arrivals[0][1] == 1 for r in result.requests)
+    # A reader that is behind gets several tokens in one chunk: they are counted all the same.
+    assert all(sum(count for _, count in r.arrivals) == TOKENS for r in result.requests)
 
 
 @pytest.mark.slow

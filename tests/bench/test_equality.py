@@ -92,7 +92,9 @@ def test_a_prompt_that_comes_twice_is_paired_by_its_turn() -> None:
             record.prompt_id = result.requests[record.index - 6].prompt_id
         return result
 
-    assert compare_outputs(doubled(fake_result()), doubled(fake_result()), NAMES).all_equal
+    same = compare_outputs(doubled(fake_result()), doubled(fake_result()), NAMES)
+    assert same.all_equal
+    assert same.compared == 12
     other = doubled(fake_result(differ=(8,)))
     assert [d.prompt_id for d in compare_outputs(doubled(fake_result()), other, NAMES).differences] == [
         other.requests[2].prompt_id

@@ -296,3 +296,10 @@ def test_rows_that_are_only_computed_with_a_match_are_cheaper() -> None:
 def test_no_curve_is_longer_than_the_most_drafts() -> None:
     shared = SharedAcceptance(rate=0.99)
     assert len(RequestAcceptance(shared).chances()) == MAX_DRAFTS
+
+
+def test_a_disturbed_measurement_is_bounded_by_its_neighbour() -> None:
+    model = CostModel([(1, 1e-3), (2, 7e-3), (4, 1.5e-3), (8, 3e-3)])
+    assert model.seconds(2) == pytest.approx(2.2e-3)  # a little more than two passes of one row
+    assert model.seconds(4) == pytest.approx(2.2e-3)  # never faster than fewer rows
+    assert model.seconds(8) == pytest.approx(3e-3)

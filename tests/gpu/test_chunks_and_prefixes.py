@@ -40,7 +40,7 @@ def test_long_chunks(spec: AttentionSpec, dtype: torch.dtype) -> None:
     width = spec.num_heads + 2 * spec.num_kv_heads
     cache = torch.randn(500, 2, spec.num_kv_heads, 16, spec.head_dim, device=DEVICE).to(dtype)
     qkv = torch.randn(total, width, spec.head_dim, device=DEVICE).to(dtype)
-    query, keys, values = qkv.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+    query, keys, values = torch.split(qkv, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
     TritonBackend().store(keys, values, cache, meta, spec)
     first = np.cumsum([0, *rows]).tolist()
     meta = replace(

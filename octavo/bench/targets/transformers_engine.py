@@ -16,63 +16,16 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.bench.spec import RunSpec
 from octavo.bench.target import Answer, TargetError, TargetRequest
 from octavo.bench.targets.octavo_engine import request_seed
+from octavo.bench.targets.transformers_rows import Row, Stopping, Streamer, length, listen, padded
 
 OPTIONS = ("dtype", "device", "trust_remote_code", "tokenizer", "chat_template", "max_model_len")
 GATHER_SECONDS = 0.01  # requests that come together are one batch; part of their latency
 _DTYPES = {"half": "float16"}
-
-
-@dataclass
-class _Row:
-    """One request of a batch, and what has come for it."""
-
-    request: TargetRequest
-    answer: Answer
-    done: asyncio.Future[None]
-    loop: asyncio.AbstractEventLoop
-    eos: frozenset[int] = frozenset()
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    cancelled: bool = False
-
-    @property
-    def over(self) -> bool:
-        return self.finish_reason is not None or self.cancelled
-
-    def add(self, ids: Sequence[int]) -> None:
-        """Tokens of one step; those behind the end are padding."""
-        new = 0
-        for token in ids:
-            if self.over:
-                break
-            self.ids.append(token)
-            new += 1
-            if token in self.eos:
-                self.finish_reason = "stop"
-            elif len(self.ids) >= self.request.max_tokens:
-                self.finish_reason = "length"
-        if new:
-            self.answer.arrived(new)
-
-    def tell(self, error: Exception | None) -> None:
-        """The caller's future, from the engine's thread."""
-
-        def put() -> None:
-            if self.done.done():
-                return
-            if error is None:
-                self.done.set_result(None)
-            else:
-                self.done.set_exception(error)
-
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self.loop.call_soon_threadsafe(put)
 
 
 class TransformersTarget:
@@ -84,7 +37,7 @@ class TransformersTarget:
         self._drafter: Any = None
         self._tokenizer: Any = None
         self._eos: frozenset[int] = frozenset()
-        self._rows: queue.Queue[_Row | None] = queue.Queue()
+        self._rows: queue.Queue[Row | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._counts = {"steps": 0.0, "prompt_rows": 0.0, "decode_rows": 0.0}
         self._in_prompt = False
@@ -182,7 +135,7 @@ class TransformersTarget:
         if not request.prompt_token_ids:
             raise TargetError("prompt", "this engine needs at least one token id")
         loop = asyncio.get_running_loop()
-        row = _Row(request, answer, loop.create_future(), loop, self._eos)
+        row = Row(request, answer, loop.create_future(), loop, self._eos)
         self._rows.put(row)
         try:
             await row.done
@@ -232,7 +185,7 @@ class TransformersTarget:
     # ------------------------------------------------------------------ the thread
 
     def _serve(self) -> None:
-        held: _Row | None = None
+        held: Row | None = None
         while True:
             first = held if held is not None else self._rows.get()
             if first is None:
@@ -244,10 +197,10 @@ class TransformersTarget:
             if ends:
                 return
 
-    def _gather(self, first: _Row) -> tuple[list[_Row], _Row | None, bool]:
+    def _gather(self, first: Row) -> tuple[list[Row], Row | None, bool]:
         """(batch, a request that did not fit in, whether the target was closed)."""
         batch, limit = [first], self._spec.batch.max_length
-        if self.batch_size == 1 or _length(first) > limit:
+        if self.batch_size == 1 or length(first) > limit:
             return batch, None, False
         if self._rows.qsize() < self.batch_size - 1:
             time.sleep(GATHER_SECONDS)
@@ -258,12 +211,12 @@ class TransformersTarget:
                 break
             if row is None:
                 return batch, None, True
-            if _length(row) > limit:
+            if length(row) > limit:
                 return batch, row, False
             batch.append(row)
         return batch, None, False
 
-    def _run(self, rows: list[_Row]) -> None:
+    def _run(self, rows: list[Row]) -> None:
         """One generate(); what it raises is the failure of its requests."""
         error: Exception | None = None
         try:
@@ -276,14 +229,14 @@ class TransformersTarget:
                 failed = TargetError("engine", "generate() ended before the request was done")
             row.tell(failed)
 
-    def _generate(self, rows: list[_Row]) -> None:
+    def _generate(self, rows: list[Row]) -> None:
         import torch
 
         began = time.monotonic()
         for row in rows:
             row.answer.first_step_time = began
-        ids, mask = _padded([list(row.request.prompt_token_ids or ()) for row in rows], self._model.device)
-        stamps, over = _Streamer(rows), _Stopping(rows, ids.shape[1])
+        ids, mask = padded([list(row.request.prompt_token_ids or ()) for row in rows], self._model.device)
+        stamps, over = Streamer(rows), Stopping(rows, ids.shape[1])
         arguments: dict[str, Any] = {
             "attention_mask": mask,
             "max_new_tokens": max(row.request.max_tokens for row in rows),
@@ -313,7 +266,7 @@ class TransformersTarget:
             return
 
         def wrapped(*positional: Any, **named: Any) -> Any:
-            return _listen(make(*positional, **named), answer)
+            return listen(make(*positional, **named), answer)
 
         self._model._get_candidate_generator = wrapped
         try:
@@ -332,75 +285,6 @@ class TransformersTarget:
     def _warn(self, text: str) -> None:
         if text not in self._warnings:
             self._warnings.append(text)
-
-
-def _length(row: _Row) -> int:
-    return len(row.request.prompt_token_ids or ())
-
-
-def _padded(prompts: Sequence[list[int]], device: Any) -> tuple[Any, Any]:
-    """(ids, mask), both [rows, longest prompt], padded on the left."""
-    import torch
-
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-class _Streamer:
-    """What generate() calls with the prompt once and then with every step's tokens."""
-
-    def __init__(self, rows: Sequence[_Row]) -> None:
-        self._rows = rows
-        self._saw_prompt = False
-
-    def put(self, value: Any) -> None:
-        """value: [rows, prompt] at first, then [rows], or [1, tokens] of one row."""
-        if not self._saw_prompt:
-            self._saw_prompt = True
-            return
-        steps = value.reshape(len(self._rows), -1).tolist()
-        for row, ids in zip(self._rows, steps, strict=True):
-            row.add(ids)
-
-    def end(self) -> None:
-        """Nothing is left to be said."""
-
-
-class _Stopping:
-    """Ends each row at its own limit, and those whose caller has gone."""
-
-    def __init__(self, rows: Sequence[_Row], prompt_length: int) -> None:
-        self._rows = rows
-        self._prompt_length = prompt_length
-
-    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
-        """ids: [rows, prompt + new tokens]; the streamer may not have seen the newest ones yet."""
-        import torch
-
-        new = ids.shape[1] - self._prompt_length
-        over = [row.over or new >= row.request.max_tokens for row in self._rows]
-        return torch.tensor(over, device=ids.device)
-
-
-def _listen(generator: Any, answer: Answer) -> Any:
-    """A candidate generator that tells the answer what was drafted and what of it held."""
-    propose, update = generator.get_candidates, generator.update_candidate_strategy
-    drafted = 0
-
-    def get_candidates(ids: Any, *positional: Any, **named: Any) -> Any:
-        nonlocal drafted
-        candidates = propose(ids, *positional, **named)
-        drafted = int(candidates[0].shape[1] - ids.shape[1])
-        return candidates
-
-    def update_candidate_strategy(ids: Any, scores: Any, num_matches: Any) -> Any:
-        answer.verified(drafted, min(int(num_matches), drafted))
-        return update(ids, scores, num_matches)
-
-    generator.get_candidates, generator.update_candidate_strategy = get_candidates, update_candidate_strategy
-    return generator
 
 
 def _cuda_devices(*models: Any) -> list[int]:

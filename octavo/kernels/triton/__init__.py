@@ -4,7 +4,9 @@ Nothing here is imported on a machine without Triton: importers ask `available` 
 
     launch     what every launch needs: dependent launch, interpreter, padded sizes
     products   products of few rows with a weight, with what follows them in a layer
+               (how they are summed: product_sums; the kernels: product_kernels, qkv_kernel)
     attention  attention over paged keys and values for any mix of rows
+    shared     attention over a prefix that several requests share, read once for all of them
     pointwise  embedding, norms, SiLU·mul, qk-norm + rotary + store
     sample     argmax and draw
     select     the passes over a row of logits that the next two share
@@ -13,7 +15,7 @@ Nothing here is imported on a machine without Triton: importers ask `available` 
     step       inputs of a step and the verdict on its tokens, on the device
     lookup     drafts from the text itself or from a predicted output
     draft      what lies around the passes of a draft model
-    prompt     attention of whole prompts by the library
+    prompt     attention of long chunks of prompts, fed by the copy engine
     decoder    a whole decoder forward of few rows, five kernels a layer
 
 Every kernel is a function of its row alone, whatever stands in the other rows, and its sums have

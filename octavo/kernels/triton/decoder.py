@@ -30,7 +30,6 @@ from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
 NARROW_ROWS = 16
 NARROW = QueryTiling(block_q=16, stages=4, warps=4)
 NARROW_DEEP = QueryTiling(block_q=16, stages=6, warps=4)  # one program has a multiprocessor for itself
-NARROW_MANY = QueryTiling(block_q=16, stages=4, warps=4, group=64)  # several share one
 WIDE = QueryTiling(block_q=128, stages=2, warps=8)
 WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
 WIDE_FLOAT32 = QueryTiling(block_q=16, stages=1, warps=4)
@@ -66,13 +65,13 @@ class LayerTilings:
     down: Tiling
 
 
-def narrow_tiling(num_rows: int, num_kv_heads: int, one_tiling: bool = False) -> tuple[QueryTiling, int]:
+def narrow_tiling(num_rows: int, num_kv_heads: int) -> tuple[QueryTiling, int]:
     """How decode rows are cut in a step of so many rows, and how many programs may share one: as measured.
 
-    Up to _SHARED_ROWS rows, and with `one_tiling` at any number, neither changes a bit of the result.
+    Neither changes a bit of the result.
     """
     if num_rows > _SHARED_ROWS:
-        return (NARROW if one_tiling else NARROW_MANY), 1
+        return NARROW, 1
     programs = num_kv_heads * max(1, num_rows)
     parts = next_power_of_2(max(1, min(16, 256 // programs)))
     return (NARROW if parts > 4 else NARROW_DEEP), parts
@@ -89,7 +88,7 @@ def plans_of(
     With `one_tiling` always the narrow ones: slower for chunks, and the same bits however a prompt
     is cut into them.
     """
-    narrow, parts = narrow_tiling(metadata.num_tokens, spec.num_kv_heads, one_tiling)
+    narrow, parts = narrow_tiling(metadata.num_tokens, spec.num_kv_heads)
     if dtype == torch.float32 or spec.head_dim > 128:
         narrow = NARROW
     if one_tiling or metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:

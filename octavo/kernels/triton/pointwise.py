@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import begin, next_power_of_2, pdl_options, uses_pdl
-from octavo.kernels.triton.products import SQUARES_WIDTH, kv_offsets, rotate_head, row_scales
+from octavo.kernels.triton.product_sums import row_scales
+from octavo.kernels.triton.products import SQUARES_WIDTH
+from octavo.kernels.triton.qkv_kernel import kv_offsets, rotate_head
 
 
 @triton.jit

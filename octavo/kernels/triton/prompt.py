@@ -78,7 +78,7 @@ def prompt_kernel(
     own_desc,  # [num_tokens, HEADS + 2 * KV_HEADS, D], keys rotated
     before_desc,  # [gathered, 2 * KV_HEADS, D]
     out_ptr,  # [num_tokens, HEADS, D]
-    tiles_ptr,  # [tiles, 5] int32: first row, rows, the chunk's first row, first gathered row, gathered tokens
+    tiles_ptr,  # [tiles, 5] int32: first row, rows, the chunk's first row, first gathered row, how many
     positions_ptr,  # [num_tokens] int64
     scale,  # times log2(e)
     HEADS: tl.constexpr,
@@ -124,6 +124,8 @@ def prompt_kernel(
     for n in tl.range(full, row + count, BLOCK_KV, num_stages=1):
         k = own_desc.load([own + n, HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
         v = own_desc.load([own + n, HEADS + KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
+        # rows behind the chunk are others', or padding: whatever they hold, a weight of 0 must make it 0
+        v = tl.where((n + j < row + count)[:, None], v, 0.0)
         sees = (n + j)[None, :] <= (row + i)[:, None]
         most, weight, acc = _add(q, k, v, sees, most, weight, acc, scale, True, PRECISION)
 
@@ -202,8 +204,9 @@ def attend(
             **pdl_options(pdl),
         )  # fmt: skip
     prompt_kernel[(heads, len(plan.tiles))](
-        _rows_of(q, BLOCK_Q), _rows_of(qkv.view(num_tokens, width, dim), BLOCK_KV), _rows_of(before, BLOCK_KV),
-        out, plan.tiles, metadata.positions, spec.scale * LOG2_E, HEADS=heads, KV_HEADS=kv_heads, D=dim,
+        _rows_of(q, BLOCK_Q), _rows_of(qkv.view(num_tokens, width, dim), BLOCK_KV),
+        _rows_of(before, BLOCK_KV), out, plan.tiles, metadata.positions, spec.scale * LOG2_E, HEADS=heads,
+        KV_HEADS=kv_heads, D=dim,
         BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, STAGES=STAGES, PRECISION="tf32", PDL=pdl, num_warps=4,
         **pdl_options(pdl),
     )  # fmt: skip

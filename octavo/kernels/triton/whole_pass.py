@@ -66,8 +66,8 @@ def rows_kernel(
     pass_rows(
         entry, 0, table_ptr, tokens_ptr, blocks_ptr, num_tokens_ptr, num_computed_ptr, num_drafts_ptr,
         limit_ptr, finished_ptr, from_model_ptr, ids_ptr, positions_ptr, mapping_ptr, starts_ptr,
-        seq_lens_ptr, slots_ptr, valid_ptr, makes_ptr, logits_rows_ptr, draw_positions_ptr, tokens_stride, blocks_stride,
-        entries, padded_reqs, num_rows, padded_rows, depth, BLOCK_SIZE, BLOCK,
+        seq_lens_ptr, slots_ptr, valid_ptr, makes_ptr, logits_rows_ptr, draw_positions_ptr, tokens_stride,
+        blocks_stride, entries, padded_reqs, num_rows, padded_rows, depth, BLOCK_SIZE, BLOCK,
     )  # fmt: skip
     if entry < entries:
         slot = tl.load(table_ptr + entry * 6).to(tl.int64)

@@ -29,7 +29,8 @@ def small_model(folder: Path) -> Path:
 
 def options(model: Path, output: Path, **changes: Any) -> PersonaOptions:
     """A small job over an example; `dataset`, `ablation` by name, sampling by field."""
-    sampling = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "max_tokens": 8, "ignore_eos": True}
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "top_k": 50}
+    sampling |= {"max_tokens": 8, "ignore_eos": True}
     sampling.update({name: changes.pop(name) for name in list(changes) if name in sampling})
     given: dict[str, Any] = {
         "checkpoint": str(model),

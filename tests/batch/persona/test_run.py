@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from octavo.batch.checkpoint import fingerprint
 from octavo.batch.persona.data import read_scenario
 from octavo.batch.persona.engines import PersonaEngine
-from octavo.batch.persona.job import PersonaOptions, fingerprint, sample_seed
+from octavo.batch.persona.job import PersonaOptions, sample_seed
 from octavo.batch.persona.results import user_file_name
 from octavo.batch.persona.run import run_persona
 from octavo.batch.work import WorkItem

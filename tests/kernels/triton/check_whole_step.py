@@ -53,7 +53,8 @@ class Graphs:
 
     def replay(self, input_ids: torch.Tensor, step: Any) -> torch.Tensor:
         context = ForwardContext(step, [self._cache])
-        return self._model.forward(input_ids, step.positions, context)
+        hidden: torch.Tensor = self._model.forward(input_ids, step.positions, context)
+        return hidden
 
 
 def with_graphs(
@@ -124,7 +125,7 @@ def life(chosen: list[int], whole: bool, rates: list[float] | None = None) -> tu
     )  # fmt: skip
     graphs = with_graphs(runner, state, acceptance) if whole else None
     if graphs is None:
-        runner._forward = lambda ids, step: runner.model.forward(  # type: ignore[method-assign]
+        runner._forward = lambda ids, step: runner.model.forward(  # type: ignore[method-assign,assignment]
             ids, step.positions, ForwardContext(step, [])
         )
     found: list[Any] = []

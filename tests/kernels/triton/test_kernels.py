@@ -20,7 +20,19 @@ ROOT = HERE.parents[2]
 
 
 @pytest.mark.parametrize(
-    "name", ["products", "model", "sample", "step", "whole_step", "lookup", "draft", "whole_pass", "shared"]
+    "name",
+    [
+        "products",
+        "model",
+        "sample",
+        "step",
+        "whole_step",
+        "lookup",
+        "draft",
+        "whole_pass",
+        "shared",
+        "prompt",
+    ],
 )
 def test_interpreted(name: str) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
