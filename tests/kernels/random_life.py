@@ -82,7 +82,8 @@ def draft(state: DeviceState, rng: random.Random, slots: list[int]) -> None:
 
 
 def assert_same_inputs(ours: StepInputs, theirs: StepInputs, state: DeviceState) -> None:
-    assert ours.metadata is not None and theirs.metadata is not None
+    assert ours.metadata is not None
+    assert theirs.metadata is not None
     rows = theirs.metadata.num_tokens  # ours may have more, which are padding
     assert torch.equal(ours.input_ids[:rows], theirs.input_ids)
     assert (ours.positions[rows:] == -1).all()

@@ -43,7 +43,8 @@ def test_the_step_is_padded_to_its_graph() -> None:
     out = SchedulerOutput(0, new_slots=[new], rows=[Rows(2, 3, RowKind.CHUNK, True)])
     steps.change_slots(out)
     inputs = steps.prepare(out)
-    assert inputs.metadata is not None and buffers.holds(inputs.metadata)
+    assert inputs.metadata is not None
+    assert buffers.holds(inputs.metadata)
     assert inputs.input_ids.tolist() == [5, 6, 7]
     assert buffers.positions[:9].tolist() == [0, 1, 2, -1, -1, -1, -1, -1, 77]
     assert buffers.slot_mapping[:9].tolist() == [144, 145, 146, -1, -1, -1, -1, -1, 77]
