@@ -68,6 +68,7 @@ def test_a_trace_tells_what_was_drafted_and_why(folder: Path) -> None:
             at += step.num_accepted + 1
 
 
+@pytest.mark.usefixtures("steady_machine")
 def test_good_drafts_are_used_and_bad_ones_are_not(folder: Path) -> None:
     prompts = ["the cat and the hat"]
     plain, plain_steps, _, _ = run(folder, None, prompts)

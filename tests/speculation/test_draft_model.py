@@ -281,6 +281,7 @@ def test_rejection_sampling_keeps_the_distribution(models: Path, method: str) ->
     assert chi2 < len(pairs) + 4 * (2 * len(pairs)) ** 0.5
 
 
+@pytest.mark.usefixtures("steady_machine")
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_auto_drafts_where_it_pays(tmp_path: Path, rate: float) -> None:
     shape: dict[str, Any] = {
