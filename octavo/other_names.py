@@ -101,7 +101,7 @@ VERBS = {
     "complete": "generate",
     "completion": "generate",
     "run": "generate",
-    "run-batch": "batch",
+    "run-batch": "batch openai",
 }
 VERBS_ADVICE = {"embed": _POOLING, "embedding": _POOLING, "rerank": _POOLING, "score": _POOLING}
 

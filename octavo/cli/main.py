@@ -11,18 +11,16 @@ output any more.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 import click
 
 from octavo import __version__, other_names
+from octavo.cli.lazy import LazyGroup, Session, debug_option
 from octavo.errors import NotInThisVersionError, OctavoError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells count
@@ -46,72 +44,28 @@ VERBS_TO_COME = {
 }
 
 
-@dataclass
-class Session:
-    """What the group and its verbs share with `run`, which handles their errors."""
-
-    debug: bool = False
-
-
-def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        session = context.find_object(Session)
-        if session is not None:
-            session.debug = True
-
-
-def debug_option() -> click.Option:
-    """`--debug`, accepted before and after the verb."""
-    return click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        callback=_set_debug,
-        help="Show the traceback of an error.",
-    )
-
-
-class VerbGroup(click.Group):
-    """Verbs by table, imported when called."""
+class VerbGroup(LazyGroup):
+    """The verbs, with those that are known but not built yet."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*VERBS, *VERBS_TO_COME]
+        return [*self.table, *VERBS_TO_COME]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in VERBS_TO_COME:
             return _refusing_command(cmd_name)
-        if cmd_name not in VERBS:
-            return None
-        command = importlib.import_module(VERBS[cmd_name][0]).command
-        if not isinstance(command, click.Command):
-            raise TypeError(f"{VERBS[cmd_name][0]}.command is not a click command")
-        if not any(parameter.name == "debug" for parameter in command.params):
-            command.params.append(debug_option())
-        return command
+        return super().get_command(ctx, cmd_name)
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        verb = args[0]
-        if not verb.startswith("-") and verb not in VERBS and verb not in VERBS_TO_COME:
-            raise click.UsageError(f"No such verb {verb!r}. {_hint(verb)}", ctx)
-        return super().resolve_command(ctx, args)
+    def hint(self, name: str) -> str:
+        if name in other_names.VERBS:
+            return f"Here it is called {other_names.VERBS[name]}."
+        if name in other_names.VERBS_ADVICE:
+            return other_names.VERBS_ADVICE[name]
+        return super().hint(name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+        super().format_commands(ctx, formatter)
         with formatter.section("Not in this version"):
             formatter.write_dl(list(VERBS_TO_COME.items()))
-
-
-def _hint(verb: str) -> str:
-    """What to type instead of a verb that does not exist."""
-    if verb in other_names.VERBS:
-        return f"Here it is called {other_names.VERBS[verb]}."
-    if verb in other_names.VERBS_ADVICE:
-        return other_names.VERBS_ADVICE[verb]
-    near = difflib.get_close_matches(verb, [*VERBS, *VERBS_TO_COME], n=1)
-    return f"Did you mean {near[0]}?" if near else f"There are: {', '.join(VERBS)}."
 
 
 def _refusing_command(verb: str) -> click.Command:
@@ -131,6 +85,8 @@ def _refusing_command(verb: str) -> click.Command:
 
 cli = VerbGroup(
     "octavo",
+    VERBS,
+    "verb",
     help="Octavo: a paged LLM inference engine. `octavo VERB --help` explains a verb.",
     params=[
         debug_option(),
@@ -143,7 +99,6 @@ cli = VerbGroup(
             callback=lambda context, _, value: _show_version(context) if value else None,
         ),
     ],
-    subcommand_metavar="VERB [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
