@@ -2,8 +2,9 @@
 
 A model learns to call from its own template: the text of a call in a conversation is the text that it
 writes itself. The turns below are written as the named models' published templates write them (the
-order of the keys, the blanks and line ends are theirs), rendered by our sandbox, and read back. Their
-golden texts were compared with those that the published templates of Hermes 2 Pro and Llama 3.1 render.
+order of the keys, the blanks and line ends are theirs), rendered by our sandbox, and read back. For
+Hermes 2 Pro and Llama 3.1 the golden texts were compared with what the turns of the published templates
+render; those of Qwen and Mistral could not be had here and are from their documentation.
 """
 
 from __future__ import annotations
