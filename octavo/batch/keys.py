@@ -25,13 +25,13 @@ class KeySet:
         return self._count
 
     def __contains__(self, key: str) -> bool:
-        digest = _digest(key)
+        digest = digest_of(key)
         start = self._find(digest)
         return self._table[start : start + _SLOT] == digest
 
     def add(self, key: str) -> bool:
         """False if it was there already."""
-        digest = _digest(key)
+        digest = digest_of(key)
         start = self._find(digest)
         if self._table[start : start + _SLOT] == digest:
             return False
@@ -62,6 +62,7 @@ class KeySet:
                 self._table[place : place + _SLOT] = digest
 
 
-def _digest(key: str) -> bytes:
-    found = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=_SLOT).digest()
+def digest_of(name: str) -> bytes:
+    """16 bytes that stand for a name, never all of them zero."""
+    found = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_SLOT).digest()
     return found if found != _FREE else b"\x01" * _SLOT

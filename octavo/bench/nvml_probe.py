@@ -7,11 +7,12 @@ could not be read ever becomes a zero.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from octavo.platform.energy import NvmlError, open_nvml, plain_uuid
 
 NVML_MISSING = "GPU figures need nvidia-ml-py: pip install 'octavo[bench]'"
 
@@ -105,18 +106,15 @@ def probes(gpu_ids: Sequence[int]) -> tuple[list[GpuProbe], list[str]]:
     if not gpu_ids:
         return [], ["no GPU was used"]
     try:
-        nvml = importlib.import_module("pynvml")
+        nvml, handles = open_nvml()
     except ImportError:
         return [], [NVML_MISSING]
-    try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    except nvml.NVMLError as error:
+    except NvmlError as error:
         return [], [f"NVML shows no GPU: {error}"]
     by_uuid = {}
     for index, handle in enumerate(handles):
         try:
-            by_uuid[_plain(nvml.nvmlDeviceGetUUID(handle))] = index
+            by_uuid[plain_uuid(nvml.nvmlDeviceGetUUID(handle))] = index
         except nvml.NVMLError:
             continue  # it can still be found by its number
     found: list[GpuProbe] = []
@@ -149,7 +147,7 @@ def _nvml_index(gpu: int, by_uuid: dict[str, int], count: int) -> tuple[int | No
     entry = entries[gpu]
     if entry.isdigit() and int(entry) < count:
         return int(entry), ""
-    matches = [index for known, index in by_uuid.items() if known.startswith(_plain(entry))]
+    matches = [index for known, index in by_uuid.items() if known.startswith(plain_uuid(entry))]
     if len(matches) == 1:
         return matches[0], ""
     if entry.startswith("MIG-"):
@@ -162,11 +160,6 @@ def _uuid_from_torch(gpu: int) -> str | None:
     if torch is None or not torch.cuda.is_initialized():
         return None
     try:
-        return _plain(torch.cuda.get_device_properties(gpu).uuid)
+        return plain_uuid(torch.cuda.get_device_properties(gpu).uuid)
     except (AttributeError, RuntimeError, AssertionError):
         return None
-
-
-def _plain(uuid: Any) -> str:
-    text = uuid.decode() if isinstance(uuid, bytes) else str(uuid)
-    return text.removeprefix("GPU-").lower()

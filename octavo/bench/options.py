@@ -72,6 +72,11 @@ class BenchOptions:
     output: str = DEFAULT_OUTPUT
     force: bool = False
 
+    @property
+    def chosen_method(self) -> str:
+        """The method, which follows the draft model where none was given."""
+        return self.method or ("speculative" if self.drafter else "target_ar")
+
     def spec(self) -> RunSpec:
         """The run; not checked yet."""
         engine = parse_engine(self.engine)
@@ -84,7 +89,7 @@ class BenchOptions:
         return RunSpec(
             **engine,
             served=served,
-            method=self.method or ("speculative" if self.drafter else "target_ar"),
+            method=self.chosen_method,
             model=self.model,
             drafter=self.drafter,
             num_speculative_tokens=self.num_speculative_tokens,

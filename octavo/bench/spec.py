@@ -21,7 +21,8 @@ from octavo.errors import ConfigError, OctavoError
 __all__ = ["BatchSpec", "LoadSpec", "PlacementSpec", "RunSpec", "SamplingSpec"]
 
 ENGINES = ("octavo", "transformers", "vllm", "url")
-METHODS = ("target_ar", "drafter_ar", "speculative", "prompt_lookup")
+SPECULATIVE_METHODS = ("speculative", "prompt_lookup")
+METHODS = ("target_ar", "drafter_ar", *SPECULATIVE_METHODS)
 DTYPES = ("auto", "half", "float16", "bfloat16", "float32")
 DEFAULT_DRAFTS = 5  # engines that cannot choose the number themselves
 
@@ -77,9 +78,19 @@ class RunSpec:
         return self.drafter if self.method == "drafter_ar" and self.drafter else self.model
 
     @property
+    def speculates(self) -> bool:
+        """True if the method asks for drafts."""
+        return self.method in SPECULATIVE_METHODS
+
+    @property
+    def static_batch_size(self) -> int:
+        """The most requests of one generate() of transformers, which speculates for one at a time."""
+        return 1 if self.speculates or not self.batch.enabled else self.batch.size
+
+    @property
     def drafts(self) -> int | str | None:
         """Drafts a step as this engine is told, None without speculation."""
-        if self.method not in ("speculative", "prompt_lookup"):
+        if not self.speculates:
             return None
         if self.num_speculative_tokens is not None:
             return self.num_speculative_tokens
@@ -123,11 +134,10 @@ class RunSpec:
         if isinstance(count, str):
             if count != "auto":
                 raise ConfigError(f'VLLM_NUM_SPECULATIVE_TOKENS must be 1 to 16 or "auto", not {count!r}')
-            if self.engine != "octavo" and self.method in ("speculative", "prompt_lookup"):
+            if self.engine != "octavo" and self.speculates:
                 raise ConfigError(
                     f"only octavo chooses the number of drafts itself; give {self.engine} a number from 1 "
-                    f"to 16 "
-                    "(VLLM_NUM_SPECULATIVE_TOKENS or GAMMA_VALUE)"
+                    "to 16 (VLLM_NUM_SPECULATIVE_TOKENS or GAMMA_VALUE)"
                 )
         elif not 1 <= count <= 16:
             raise ConfigError(
@@ -165,8 +175,7 @@ class RunSpec:
         if pipeline != 1:
             raise ConfigError(
                 f"VLLM_PIPELINE_PARALLEL_SIZE={pipeline}: only 1 is supported; share a model between GPUs "
-                f"with "
-                "VLLM_TENSOR_PARALLEL_SIZE"
+                "with VLLM_TENSOR_PARALLEL_SIZE"
             )
         size = self.engine_options.get("tensor_parallel_size", 1)
         if size < 1:
@@ -197,25 +206,22 @@ class RunSpec:
         elif self.engine_options:
             raise ConfigError(
                 f"a URL is configured where it is served: {', '.join(self.engine_options)} cannot be set "
-                f"from here"
+                "from here"
             )
         dtype = self.engine_options.get("dtype", "auto")
         one_of(dtype, DTYPES, "VLLM_DTYPE (--dtype)")
 
     def _warnings(self) -> list[str]:
         found = []
-        speculates = self.method in ("speculative", "prompt_lookup")
-        if self.engine == "transformers" and speculates:
+        if self.engine == "transformers" and self.speculates:
             found.append(
                 "transformers speculates for one request at a time (it refuses larger batches): compare "
-                "it with "
-                "target_ar at BATCH_SIZE=1 as well"
+                "it with target_ar at BATCH_SIZE=1 as well"
             )
-        if self.engine == "url" and speculates:
+        if self.engine == "url" and self.speculates:
             found.append(
                 f"whether the server at {self.url} speculates is its own affair: method={self.method} "
-                f"only names "
-                "this result"
+                "only names this result"
             )
         if self.engine == "octavo" and self.batch != BatchSpec():
             found.append(
@@ -249,8 +255,7 @@ class RunSpec:
         plain["num_speculative_tokens"] = self.drafts
         plain["served_over_http"] = self.over_http
         if self.engine == "transformers":
-            one = self.method in ("speculative", "prompt_lookup") or not self.batch.enabled
-            plain["effective_batch_size"] = 1 if one else self.batch.size
+            plain["effective_batch_size"] = self.static_batch_size
         else:
             del plain["batch"], plain["placement"]
         if math.isinf(self.load.rate):

@@ -135,10 +135,3 @@ COUNTERS = (
     "verifications",
 )
 GAUGES = ("kv_usage", "running", "waiting")
-
-
-def choose_device(spec_device: str | None) -> str:
-    """ "cuda" or "cpu" for engines that run torch here."""
-    from octavo.platform import detect
-
-    return detect(spec_device or "auto").device

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.bench.options import BenchOptions, parse_drafts, parse_rate
-from octavo.bench.spec import PlacementSpec, parse_engine
+from octavo.bench.spec import SPECULATIVE_METHODS, PlacementSpec, parse_engine
 from octavo.errors import ConfigError
 
 
@@ -246,8 +246,8 @@ def _with_speculation_switch(options: BenchOptions, alone: Mapping[str, Any]) ->
     switch = alone.get("VLLM_ENABLE_SPECULATIVE")
     if switch is None:
         return options
-    method = options.method or ("speculative" if options.drafter else "target_ar")
-    speculates = method in ("speculative", "prompt_lookup")
+    method = options.chosen_method
+    speculates = method in SPECULATIVE_METHODS
     if switch == speculates:
         return options
     if speculates:

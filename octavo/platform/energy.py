@@ -111,21 +111,35 @@ class EnergyMeter:
         return sum(self.read().values())
 
 
-def gpu_counters(uuids: Iterable[str] | None = None) -> tuple[list[EnergyCounter], str | None]:
-    """Counters of NVIDIA GPUs, all or those with these UUIDs, and the reason for those that are missing."""
-    wanted = None if uuids is None else {_plain(uuid) for uuid in uuids}
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return [], "GPU energy needs nvidia-ml-py: pip install 'octavo[monitor]'"
+class NvmlError(Exception):
+    """NVML is installed and does not answer: there is no driver, or it is not ours to ask."""
+
+
+def open_nvml() -> tuple[Any, list[Any]]:
+    """(the module, its handles of all GPUs in NVML's order).
+
+    Raises ImportError where nvidia-ml-py is not installed, NvmlError where it finds no driver.
+    """
+    nvml = importlib.import_module("pynvml")
     try:
         nvml.nvmlInit()  # counted by NVML, and never undone: a reader may live as long as the process
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        return nvml, [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     except nvml.NVMLError as error:
+        raise NvmlError(str(error)) from error
+
+
+def gpu_counters(uuids: Iterable[str] | None = None) -> tuple[list[EnergyCounter], str | None]:
+    """Counters of NVIDIA GPUs, all or those with these UUIDs, and the reason for those that are missing."""
+    wanted = None if uuids is None else {plain_uuid(uuid) for uuid in uuids}
+    try:
+        nvml, handles = open_nvml()
+    except ImportError:
+        return [], "GPU energy needs nvidia-ml-py: pip install 'octavo[monitor]'"
+    except NvmlError as error:
         return [], f"NVML shows no GPU ({error})"
     counters, reasons = [], []
     for index, handle in enumerate(handles):
-        if wanted is not None and _plain(nvml.nvmlDeviceGetUUID(handle)) not in wanted:
+        if wanted is not None and plain_uuid(nvml.nvmlDeviceGetUUID(handle)) not in wanted:
             continue
         try:
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
@@ -182,7 +196,7 @@ def _microjoules(file: Path) -> Callable[[], float]:
     return lambda: int(file.read_text(encoding="ascii")) / 1e6
 
 
-def _plain(uuid: str | bytes) -> str:
+def plain_uuid(uuid: object) -> str:
     """A UUID as torch and NVML both can be brought to write it."""
     text = uuid.decode() if isinstance(uuid, bytes) else str(uuid)
     return text.removeprefix("GPU-").lower()

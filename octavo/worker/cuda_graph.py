@@ -255,11 +255,6 @@ class CudaGraphs:
         return sorted(short + shared + [GraphKey(size, True) for size in self.sizes.chunks], reverse=True)
 
     @property
-    def num_captured(self) -> int:
-        """Graphs that are ready."""
-        return len(self._graphs)
-
-    @property
     def missing(self) -> list[GraphKey]:
         """Graphs not yet captured, the largest first."""
         return [key for key in self.keys if key not in self._graphs]

@@ -7,7 +7,6 @@ nature is left out: ids, the time of creation, and counts of what a run found in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from octavo.batch.journal import read_job
+from octavo.batch.keys import digest_of
 from octavo.batch.persona.datasets import TEST_FILE
-from octavo.batch.persona.results import SUMMARY_FILE
+from octavo.batch.persona.results import SUMMARY_FILE, read_summary
 from octavo.batch.persona.summary import TIMING_KEYS
 from octavo.errors import ConfigError
 
@@ -85,7 +85,7 @@ class AnswerFile:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    digest = _digest(_key_of(_record(line, path, number)))
+                    digest = digest_of(_key_of(_record(line, path, number)))
                     if digest in self._places:
                         raise ConfigError(
                             f"line {number} of {path} answers what an earlier line has answered"
@@ -121,16 +121,12 @@ class AnswerFile:
 
     def get(self, key: str) -> Entry | None:
         """See ResultSet."""
-        place = self._places.get(_digest(key))
+        place = self._places.get(digest_of(key))
         if place is None:
             return None
         with open(self.path, "rb") as file:
             file.seek(place)
             return _entry(json.loads(file.readline()))
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -209,11 +205,7 @@ class PersonaFolder:
     @property
     def summary(self) -> dict[str, Any]:
         """`inference_summary.json`; empty where it is missing."""
-        try:
-            found = json.loads((self.path / SUMMARY_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_summary(self.path) or {}
 
     @property
     def settings(self) -> Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from octavo.batch.compare.check import TextDifference
 from octavo.batch.compare.entries import AnswerFile, PersonaFolder
 from octavo.batch.compare.explain import Prompt
+from octavo.batch.keys import digest_of
 from octavo.batch.openai.lines import read_facts
 from octavo.batch.persona.data import Item, Scenario, User, read_scenario
 from octavo.batch.persona.datasets import ablation_named, dataset_named
@@ -36,7 +36,7 @@ class RequestFile:
             for line in file:
                 try:
                     custom_id = json.loads(line)["custom_id"]
-                    self._places.setdefault(_digest(custom_id), place)
+                    self._places.setdefault(digest_of(custom_id), place)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     pass  # the job has an error record for it, and nothing is asked about it
                 place += len(line)
@@ -79,17 +79,13 @@ class RequestFile:
     def _line(self, key: str) -> dict[str, Any] | None:
         if not key.startswith("custom_id "):
             return None
-        place = self._places.get(_digest(json.loads(key.removeprefix("custom_id "))))
+        place = self._places.get(digest_of(json.loads(key.removeprefix("custom_id "))))
         if place is None:
             return None
         with open(self._path, "rb") as file:
             file.seek(place)
             found = json.loads(file.readline())
         return found if isinstance(found.get("body"), dict) else None
-
-
-def _digest(custom_id: str) -> bytes:
-    return hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class PersonaItems:

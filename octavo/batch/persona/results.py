@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(beside, path)
 
 
-def read_summary(folder: Path) -> Mapping[str, Any] | None:
+def read_summary(folder: Path) -> dict[str, Any] | None:
     """The summary that lies in a folder; None if there is none that can be read."""
     try:
         found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))

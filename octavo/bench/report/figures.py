@@ -19,6 +19,7 @@ from octavo.bench.report.svg import (
     marked_lines,
     scatter,
 )
+from octavo.bench.spec import SPECULATIVE_METHODS
 
 _WIDE = 30.0  # largest ÷ smallest from which an axis of latencies is logarithmic
 _MOST_BINS, _LEAST_BINS = 60, 10
@@ -250,7 +251,7 @@ def acceptance(runs: Sequence[Run]) -> Figure:
             points = [(float(i + 1), rate) for i, rate in enumerate(rates)]
             series.append(Series(run.label, run.style, points))
             shown.append(run)
-        elif run.result.method in ("speculative", "prompt_lookup"):
+        elif run.result.method in SPECULATIVE_METHODS:
             total = run.result.summary.get("total_drafted")
             why = "nothing was drafted" if total == 0 else "the engine does not tell it by position"
             missing.append((run.label, why))

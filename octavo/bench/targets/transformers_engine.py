@@ -125,8 +125,7 @@ class TransformersTarget:
     @property
     def batch_size(self) -> int:
         """The most requests of one generate()."""
-        alone = self._spec.method in ("speculative", "prompt_lookup") or not self._spec.batch.enabled
-        return 1 if alone else self._spec.batch.size
+        return self._spec.static_batch_size
 
     # ------------------------------------------------------------------ callers
 
@@ -256,7 +255,7 @@ class TransformersTarget:
     @contextlib.contextmanager
     def _acceptance(self, answer: Answer) -> Iterator[None]:
         """Listen to the candidate generator, which alone knows what was drafted and what held."""
-        if self._spec.method not in ("speculative", "prompt_lookup"):
+        if not self._spec.speculates:
             yield
             return
         make = getattr(self._model, "_get_candidate_generator", None)

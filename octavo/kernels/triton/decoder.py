@@ -200,10 +200,6 @@ class FusedDecoder:
             )  # fmt: skip
         return self._tilings[padded]
 
-    def set_tilings(self, num_rows: int, tilings: LayerTilings) -> None:
-        """Replace the choice for steps of this size: for measuring."""
-        self._tilings[products.padded_rows(num_rows)] = tilings
-
     def forward(
         self,
         input_ids: torch.Tensor,  # [num_tokens] int64
