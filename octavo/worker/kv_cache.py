@@ -138,7 +138,8 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
     A given kv_cache_memory is taken as it is. Otherwise the KV cache gets what the budget leaves,
     on a CPU at most a quarter of it and 4 GiB. max_model_len, if it was not given, is what the
     model allows and the KV cache holds. A draft model's KV cache comes on top, so that speculating
-    leaves plain decoding the memory it had.
+    leaves plain decoding the memory it had: a share of the target's, and where all requests at their
+    longest leave room of the target's, as much of that room as all of them can draft in.
     """
     if asked.max_model_len is not None and asked.max_model_len > asked.model_max_len:
         raise ConfigError(
@@ -198,6 +199,8 @@ def plan_memory(asked: MemoryRequest) -> MemoryPlan:
     if asked.draft is None:
         return MemoryPlan(asked, num_blocks, wanted)
     draft_kv = _draft_bytes(asked, num_blocks * asked.block_bytes)
+    if asked.kv_cache_memory is None:  # what the target can never use is the draft model's to take
+        draft_kv = max(draft_kv, int(kv * (1.0 + asked.draft.kv_share)) - num_blocks * asked.block_bytes)
     # It never needs more tokens than the target's holds.
     return MemoryPlan(asked, num_blocks, wanted, min(num_blocks, draft_kv // asked.draft.block_bytes))
 
