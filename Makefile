@@ -8,6 +8,10 @@ PROMPT ?= What is a paged KV cache good for? Answer in two sentences.
 
 # One thread a process: the test machines are small, and results must not depend on their size.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Test processes beside one another; JOBS=0 runs everything in one. Half of the tests each, then whoever is
+# done takes over from the other.
+JOBS ?= 2
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 .PHONY: help setup demo test test-full lint bench clean
 .DEFAULT_GOAL := help
@@ -29,7 +33,7 @@ demo:
 	@$(BIN)/python -m octavo.cli.demo "$(MODEL)" --prompt "$(PROMPT)"
 
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full:
 	@$(PYTHON) scripts/setup_env.py full

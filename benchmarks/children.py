@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,20 +52,22 @@ def run_child(
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as errors, ForeignCores() as watch:
         asked.write(stdin.encode())
         asked.seek(0)
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            bufsize=0,
-        )
-        timer = threading.Timer(timeout, _kill_group, (process.pid,))
-        timer.start()
+        process, timer = None, None
         try:
+            with _signals_wait():
+                start = time.perf_counter()
+                process = subprocess.Popen(
+                    command,
+                    cwd=cwd,
+                    env=env,
+                    stdin=asked,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,
+                    bufsize=0,
+                )
+            timer = threading.Timer(timeout, _kill_group, (process.pid,))
+            timer.start()
             assert process.stdout is not None
             said = process.stdout.read(1 << 16) or b""
             first = time.perf_counter() - start
@@ -76,11 +78,13 @@ def run_child(
             process.returncode = os.waitstatus_to_exitcode(status)
             process.stdout.close()
         except BaseException:
-            _kill_group(process.pid)
-            process.wait()
+            if process is not None:
+                _kill_group(process.pid)
+                process.wait()
             raise
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
         if process.returncode or not said:
             errors.seek(0)
             tail = errors.read().decode(errors="replace")[-2000:]
@@ -89,6 +93,24 @@ def run_child(
             raise ChildError(f"{shown} … ended with {process.returncode}{late}, stderr:\n{tail}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Finished(said.decode(errors="replace"), first, total, peak, watch.cores)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What SIGINT and SIGTERM do happens at the end of the block: an exception that came up within Popen
+    would leave behind the child that it has just started. Main thread only."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _kill_group(leader: int) -> None:

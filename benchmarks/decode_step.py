@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu_workloads import MODELS
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, launch, sample
+from octavo.kernels.triton import attention, launch, persistent, sample
 from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder, Layer, plans_of
 from octavo.models.gpu_ops import GpuOps, GpuPacked
 
@@ -26,7 +26,7 @@ BLOCK_SIZE = 16
 
 
 def random_decoder(
-    config: dict[str, Any], few_rows: int = FEW_ROWS, device: str = "cuda"
+    config: dict[str, Any], few_rows: int = FEW_ROWS, device: str = "cuda", runs_as_one: bool = False
 ) -> tuple[FusedDecoder, torch.Tensor]:
     """(a decoder, its head's weight) of a Qwen3-like shape."""
     hidden, heads, kv_heads = (
@@ -54,7 +54,10 @@ def random_decoder(
     )
     table = weight(vocab, hidden)
     head = table if config["tie_word_embeddings"] else weight(vocab, hidden)
-    return FusedDecoder(layers, table, norm(hidden), angles.cos(), angles.sin(), 1e-6, few_rows), head
+    decoder = FusedDecoder(
+        layers, table, norm(hidden), angles.cos(), angles.sin(), 1e-6, few_rows, runs_as_one=runs_as_one
+    )
+    return decoder, head
 
 
 def decode_batch(rows: int, context: int, device: str = "cuda") -> AttentionMetadata:
@@ -124,14 +127,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a quick look")
     parser.add_argument("--plain-launches", action="store_true", help="without programmatic dependent launch")
     parser.add_argument("--few-rows", type=int, default=FEW_ROWS, help="most rows of the five-kernel path")
+    parser.add_argument(
+        "--one-kernel", choices=["ahead", "behind"],
+        help="one row of a small model as one kernel; its weights are loaded a phase ahead, or behind it",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    persistent.AHEAD = arguments.one_kernel != "behind"
     if arguments.plain_launches:
         launch._can_launch_dependents = lambda index: False  # type: ignore[assignment]
     config = dict(MODELS[arguments.model])
     if arguments.layers:
         config["num_hidden_layers"] = arguments.layers
     with torch.inference_mode():
-        decoder, head = random_decoder(config, arguments.few_rows)
+        decoder, head = random_decoder(config, arguments.few_rows, runs_as_one=bool(arguments.one_kernel))
         ops, packed = GpuOps(few_rows=arguments.few_rows), GpuPacked(head, None, "head")
         for rows in arguments.rows:
             meta = decode_batch(rows, arguments.context)

@@ -7,7 +7,8 @@
 Random weights; prompts are token ids, end-of-sequence is ignored. Each scenario runs `--repeat` times
 with other prompts, and its line gives the median. One JSON line a scenario: output tokens a second
 (prompt tokens for prefill), the share of the limit computed from this card's ceilings, the share of
-the aim, and how much of the time the device was busy.
+the aim, how much of the time the device was busy, and for how many milliseconds a step it waited for the
+host: from a step's end to the next one's first command, and the launching of that step where it came late.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -55,18 +57,39 @@ llm.shutdown()
 """
 
 
+# A step whose first command found an idle device: what the host took to launch it was waited for.
+_IDLE_SECONDS = 10e-6
+
+
 class _Watched:
-    """An executor that adds up what the device says its steps took."""
+    """An executor that adds up what the device says its steps took, and for how long it had none."""
 
     def __init__(self, executor: Any) -> None:
         self._executor = executor
-        self.busy = 0.0
+        self._launches: deque[tuple[Any, float]] = deque()  # of each step under way: it, seconds to launch it
+        self._before: Any = None  # the end of the step read last
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget what was seen."""
+        self.busy = self.idle = 0.0
         self.steps = 0
+        self._before = None
+
+    def launch(self, out: Any) -> None:
+        started = time.perf_counter()
+        self._executor.launch(out)
+        self._launches.append((self._executor._outputs[-1], time.perf_counter() - started))
 
     def collect(self) -> Any:
         output = self._executor.collect()
         self.busy += output.target_seconds + output.draft_seconds
         self.steps += 1
+        pending, launch_seconds = self._launches.popleft()
+        if self._before is not None:
+            gap = self._before.seconds_until(pending._started)
+            self.idle += gap + (launch_seconds if gap > _IDLE_SECONDS else 0.0)
+        self._before = pending._readback.mark if output.draft_seconds else pending._drawn
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -130,15 +153,16 @@ class Scenarios:
         from benchmarks.gpu_limits import Limits
 
         temperature = 0.6 if kind == "throughput" and self.draft is None else 0.0
-        rates, busy, steps = [], [], 0
+        rates, busy, idle, steps = [], [], [], 0
         for seed in range(repeat):
             work = requests(kind, seed)
-            self.watched.busy, self.watched.steps = 0.0, 0
+            self.watched.start_over()
             seconds, tokens = self.generate(work, temperature)
             assert tokens == sum(count for _, count in work), "a request ended early"
             counted = sum(len(prompt) for prompt, _ in work) if kind == "prefill" else tokens
             rates.append(counted / seconds)
             busy.append(self.watched.busy / seconds)
+            idle.append(self.watched.idle / max(1, self.watched.steps))
             steps = self.watched.steps
         work = requests(kind)
         limits = Limits(MODELS[self.model], ceilings)
@@ -158,6 +182,7 @@ class Scenarios:
             "of_aim": None if aim is None else round(rate / aim, 3), "limit": round(limit),
             "spread": round(max(rates) / min(rates) - 1, 3), "busy": round(median(busy), 3), "steps": steps,
             "ms_a_step": round(1e3 * counted / rate / max(1, steps), 3),
+            "idle_ms_a_step": round(1e3 * median(idle), 4),
         }  # fmt: skip
 
 
@@ -170,7 +195,14 @@ def main() -> None:
     parser.add_argument("--drafts", default="auto", help='drafts a step, or "auto"')
     parser.add_argument("--startup", nargs="*", choices=sorted(MODELS), default=[])
     parser.add_argument("--option", nargs="*", default=[], metavar="NAME=JSON", help="options of the engine")
+    parser.add_argument(
+        "--one-kernel", choices=["on", "off"], help="one row of a small model as one kernel, or not"
+    )
     arguments = parser.parse_args()
+    if arguments.one_kernel is not None:
+        from octavo.worker import gpu_build
+
+        gpu_build.RUNS_AS_ONE = arguments.one_kernel == "on"
     options = {
         name: json.loads(value) for name, _, value in (text.partition("=") for text in arguments.option)
     }

@@ -3,11 +3,13 @@
     python -m benchmarks.profile_step --model qwen3-0.6b --batch 1 16 64
     python -m benchmarks.profile_step --model qwen3-8b --batch --prompts 16x512 2x4000
     python -m benchmarks.profile_step --model qwen3-8b --draft qwen3-0.6b --drafts 5
+    python -m benchmarks.profile_step --model qwen3-8b --batch --workload throughput --windows 2 100 600
 
 Random weights, greedy, every request with the same context. For each batch one line of times in
 milliseconds a step, then a table of kernels. A kernel's limit is the bytes it must read over the
 measured read bandwidth. Programmatic dependents overlap, so kernels add up to more than the step takes;
-`idle` is the time in which none runs. With a draft model a step is a round: what the target takes, the
+`idle` is the time in which none runs. A workload of benchmarks/gpu.py is run as there and looked at in
+windows, each some steps from a given one on. With a draft model a step is a round: what the target takes, the
 first pass (which catches up too) and the other passes stand in the line.
 """
 
@@ -30,7 +32,7 @@ import torch
 
 from benchmarks.gpu import OPTIONS, conditional
 from benchmarks.gpu_limits import Ceilings, measure_ceilings
-from benchmarks.gpu_workloads import ACCEPTANCE, MODELS, model_folder
+from benchmarks.gpu_workloads import ACCEPTANCE, KINDS, MODELS, model_folder, requests
 
 
 def kernel_bytes(config: dict[str, Any], batch: int, context: int) -> dict[str, float]:
@@ -44,6 +46,7 @@ def kernel_bytes(config: dict[str, Any], batch: int, context: int) -> dict[str, 
         "qkv_kernel": 2.0 * layers * hidden * (q + 2 * kv),
         "residual_kernel": 2.0 * layers * hidden * (q + width),
         "gate_up_kernel": 4.0 * layers * hidden * width,
+        "wide_gate_up_kernel": 4.0 * layers * hidden * width,
         "plain_kernel": 2.0 * hidden * config["vocab_size"],
         "attention_kernel": 4.0 * layers * kv * batch * context,
     }
@@ -185,11 +188,63 @@ def profile_prompts(llm: Any, number: int, length: int) -> None:
     show(profiler, 1, {})
 
 
+def profile_workload(llm: Any, kind: str, windows: list[int], count: int) -> None:
+    """A scenario of benchmarks/gpu.py; kernels of `count` steps from the first step of each window on."""
+    from torch.profiler import ProfilerActivity
+
+    from octavo import SamplingParams
+
+    engine = llm._parts.engine
+    temperature = 0.6 if kind == "throughput" else 0.0
+    for index, (prompt, length) in enumerate(requests(kind)):
+        params = SamplingParams(max_tokens=length, temperature=temperature, ignore_eos=True)
+        engine.add_request(f"{kind}-{index}", {"prompt_token_ids": prompt}, params)
+    rows: list[int] = []
+    launch = engine.executor.launch
+
+    def noted(out: Any) -> Any:
+        rows.append(sum(row.num_rows for row in out.rows))
+        return launch(out)
+
+    engine.executor.launch = noted
+    step = 0
+    for window in sorted(windows):
+        while step < window and engine.has_work():
+            engine.step()
+            step += 1
+        torch.cuda.synchronize()
+        first, before = len(rows), time.perf_counter()
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(count):
+                engine.step()
+            torch.cuda.synchronize()
+            ms = (time.perf_counter() - before) / count * 1e3
+        step += count
+        seen = rows[first:]
+        print(
+            json.dumps(
+                {
+                    "workload": kind, "from_step": window, "steps": count, "rows": sum(seen) / len(seen),
+                    "running": engine.scheduler.num_running, "ms_a_step": round(ms, 3),
+                }
+            ),
+            flush=True,
+        )  # fmt: skip
+        show(profiler, count, {})
+    engine.executor.launch = launch
+    for name in list(engine._states):
+        engine.abort(name)
+    while engine.has_work():
+        engine.step()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="qwen3-0.6b")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--prompts", nargs="*", default=[], metavar="NUMBERxLENGTH", help="a step of prompts")
+    parser.add_argument("--workload", choices=KINDS, help="a scenario of benchmarks/gpu.py")
+    parser.add_argument("--windows", type=int, nargs="+", default=[2, 100, 600], help="its steps to look at")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--draft", choices=sorted(MODELS), help="speculate with this model")
@@ -237,6 +292,8 @@ def main() -> None:
         for text in arguments.prompts:
             number, length = map(int, text.split("x"))
             profile_prompts(llm, number, length)
+        if arguments.workload is not None:
+            profile_workload(llm, arguments.workload, arguments.windows, 10)
         llm.shutdown()
 
 

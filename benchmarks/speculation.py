@@ -24,7 +24,7 @@ and `chat` it is made anew for every run.
 Prints one JSON line a cell: the median, lowest and highest of the paired ratios, the ratio while all
 places were taken (without the last requests, when the batch empties), the share of the time that the
 scheduler and the draft budget themselves took, and how many cores anything else kept busy. Above 0.1 a
-cell is disturbed.
+cell is disturbed. `copy`, `chat` and `small` add what the times of the steps allow (`arithmetic`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ from benchmarks.paired import Bench, Pairs, Run, engine
 from benchmarks.workloads import REWRITE, SENTENCES
 from octavo import LLM, SamplingParams, hub
 from octavo.attention.torch_backend import TorchBackend
+from octavo.core.acceptance import MAX_DRAFTS
+from octavo.core.cost_model import CostModel
+from octavo.core.draft_budget import DraftBudget
 from octavo.layers.ops import TorchOps
 from octavo.models.config import ModelConfig
 from octavo.models.registry import build_model
@@ -154,6 +157,26 @@ def against_fixed(
             "auto": round(cold, 1),
         },
         "budget": "fresh" if fresh else "kept",
+        "at_the_end": what_it_believes(auto.planner.budget, auto.parts.config.max_num_seqs),
+    }
+
+
+def what_it_believes(budget: DraftBudget, batch: int) -> dict[str, Any]:
+    """The budget's own account: to see whether it was wrong, and about what, where it did not do best.
+
+    `step_ms` are the times it expects of steps with 0, 1, … drafts a request, without KV.
+    """
+    report = budget.report
+    return {
+        "net_speedup": round(report.net_speedup, 3),
+        "step_ms": [
+            round(1e3 * budget.target.seconds(batch * (1 + count)), 2) for count in (0, 1, 2, 3, 4, 6)
+        ],
+        "window_error": round(report.window_error, 3),
+        "windows": report.num_windows,
+        "explored": report.num_explored,
+        "changes": report.num_changes,
+        "speculating": round(report.num_speculating_steps / max(1, report.num_steps), 2),
     }
 
 
@@ -257,8 +280,34 @@ def against_plain(
             pairs = Pairs()
             for _ in range(options.repeat):
                 pairs.add((auto, drafting), (plain, without))
-            preemptions = max(run.preemptions for run in pairs.other)
-            yield {"batch": batch, **pairs.record(), "preemptions": preemptions}
+            found = pairs.record()
+            found["preemptions"] = max(run.preemptions for run in pairs.other)
+            context = sum(map(len, prompts)) // len(prompts) + options.new_tokens(batch) // 2
+            found["arithmetic"] = arithmetic(auto.planner.budget.target, batch, batch * context, found)
+            yield {"batch": batch, **found}
+
+
+def arithmetic(target: CostModel, batch: int, kv_tokens: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What the steps' times, as the budget knows them at the end, say that drafts can bring.
+
+    `row_us` is what each row of the first draft adds. `most` is the ratio to plain decoding if every
+    draft were right, at the best number of them, `as_drafted` the ratio with the drafts that were made
+    and accepted, everything but the target's steps left out.
+    """
+    plain = target.seconds(batch, kv_tokens)
+
+    def ratio(drafts: float, accepted: float) -> float:
+        return (1.0 + accepted) * plain / target.seconds(batch * (1.0 + drafts), kv_tokens)
+
+    most, count = max((ratio(count, count), count) for count in range(MAX_DRAFTS + 1))
+    drafted = found["mean_drafts"]
+    return {
+        "plain_ms": round(1e3 * plain, 2),
+        "row_us": round(1e6 * (target.seconds(2 * batch, kv_tokens) - plain) / batch),
+        "most": round(most, 3),
+        "most_at": count,
+        "as_drafted": round(ratio(drafted, drafted * found["accepted_share"]), 3),
+    }
 
 
 def copy(model: Path, options: Any) -> Iterator[dict[str, Any]]:

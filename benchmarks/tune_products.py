@@ -1,9 +1,11 @@
 """Times ways to cut the products of a decoder layer on this GPU, against the time their weight takes to read.
 
     python -m benchmarks.tune_products --model qwen3-8b --rows 1 16 64
+    python -m benchmarks.tune_products --model qwen3-8b --rows 64 96 128 256 384 --quick
 
 Each product runs as it does in a step: a chain of launches in one CUDA graph, over enough copies of
-the weight that none lies in the cache. Variants are compiled by several processes first.
+the weight that none lies in the cache. Variants are compiled by several processes first. The library's
+product is timed as it is and with a bias of zeros, which takes it to cuBLASLt; beyond 128 rows it is alone.
 """
 
 # mypy: disable-error-code="misc"
@@ -18,12 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks.decode_step import BANDWIDTH, capture, milliseconds
+from benchmarks.decode_step import BANDWIDTH, FLOPS, capture, milliseconds
 from benchmarks.gpu_workloads import MODELS
-from octavo.kernels.triton import products
+from octavo.kernels.triton import products, wide_gate_up
 from octavo.kernels.triton.products import Tiling, Workspace
+from octavo.kernels.triton.wide_gate_up import WideTiling
 
+Cut = Tiling | WideTiling
 KINDS = ("qkv", "o", "gate_up", "down", "head")
 
 
@@ -40,11 +45,11 @@ def shape_of(config: dict[str, Any], kind: str) -> tuple[int, int]:
     }[kind]
 
 
-def tilings(
-    config: dict[str, Any], kind: str, rows: int, quick: bool, only_early: bool = False
-) -> list[Tiling]:
-    """What is tried."""
+def tilings(config: dict[str, Any], kind: str, rows: int, quick: bool, only_early: bool = False) -> list[Cut]:
+    """What is tried for so many rows, padded."""
     n, k = shape_of(config, kind)
+    if rows > products.MAX_ROWS:
+        return []
     widths = {"qkv": [config["head_dim"]]}.get(kind, [64, 128])
     splits = [1] if kind == "head" else [1, 2, 4, 8]
     depths = (
@@ -74,7 +79,19 @@ def tilings(
                 and 48 <= -(-n // width) * split <= 300
             ):
                 found.append(Tiling(width, split, block_k, stages, warps, 0, early))
-    return [cut for cut in found if cut.early or not only_early]
+    kept: list[Cut] = [cut for cut in found if cut.early or not only_early]
+    if kind == "gate_up" and rows > 16:
+        for (width, rest), stages in itertools.product([(32, 0), (64, 0), (64, 32)], [3, 4, 5, 6]):
+            block_m = max(64, rows)
+            room = 2 * 64 * (block_m + 2 * (width + rest)) * stages < 220_000
+            if room and n // 2 % (width + rest) == 0:
+                kept.append(WideTiling(block_m, width, rest, stages, 4 if block_m == 64 else 8))
+    return kept
+
+
+def padded(rows: int) -> int:
+    """Rows of a tile; beyond what the kernels take, the rows themselves."""
+    return products.padded_rows(rows) if rows <= products.MAX_ROWS else rows
 
 
 class Bench:
@@ -85,7 +102,9 @@ class Bench:
         n, k = shape_of(config, kind)
         bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
         self.weights = [torch.empty(n, k, **bf16).normal_(0, 0.02) for _ in range(copies)]
-        self.x = torch.randn(rows, k, **bf16)
+        self.whole_tiles = torch.randn(max(64, padded(rows)), k, **bf16)
+        self.x = self.whole_tiles[:rows]
+        self.bias = torch.zeros(n, **bf16)
         self.squares = torch.rand(rows, max(1, k // 64), device="cuda") * 64
         dim, kv = config["head_dim"], config["num_key_value_heads"]
         heads = config["num_attention_heads"]
@@ -105,9 +124,11 @@ class Bench:
         self.norm = torch.rand(n, **bf16)
         self.space = Workspace.allocate(16 * n * 128 if kind != "head" else 1, n // 16, torch.device("cuda"))
 
-    def launch(self, weight: torch.Tensor, tiling: Tiling) -> None:
+    def launch(self, weight: torch.Tensor, tiling: Cut) -> None:
         """One product."""
-        if self.kind == "qkv":
+        if isinstance(tiling, WideTiling):
+            wide_gate_up.gate_up(self.whole_tiles, weight, None, self.squares, 1e-6, self.out, tiling)
+        elif self.kind == "qkv":
             products.qkv(
                 self.x, weight, None, self.squares, 1e-6, self.norms, self.cos, self.sin, self.positions,
                 self.slots, self.q, self.cache, self.space, tiling,
@@ -129,7 +150,7 @@ class Bench:
                 tiling,
             )
 
-    def all(self, tiling: Tiling) -> Callable[[], None]:
+    def all(self, tiling: Cut) -> Callable[[], None]:
         """The chain that is timed."""
 
         def work() -> None:
@@ -139,7 +160,7 @@ class Bench:
         return work
 
 
-def _compile(job: tuple[dict[str, Any], str, int, list[Tiling]]) -> int:
+def _compile(job: tuple[dict[str, Any], str, int, list[Cut]]) -> int:
     config, kind, rows, cuts = job
     bench = Bench(config, kind, rows, 1)
     for cut in cuts:
@@ -163,10 +184,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = MODELS[arguments.model]
     jobs = []
-    for kind, rows in itertools.product(
-        arguments.kinds, sorted({products.padded_rows(r) for r in arguments.rows})
-    ):
-        cuts = tilings(config, kind, products.padded_rows(rows), arguments.quick, arguments.only_early)
+    for kind, rows in itertools.product(arguments.kinds, sorted({padded(r) for r in arguments.rows})):
+        cuts = tilings(config, kind, rows, arguments.quick, arguments.only_early)
         jobs += [(config, kind, rows, cuts[start::4]) for start in range(4) if cuts[start::4]]
     with concurrent.futures.ProcessPoolExecutor(
         arguments.processes, multiprocessing.get_context("spawn")
@@ -176,12 +195,23 @@ def main() -> None:
         n, k = shape_of(config, kind)
         copies = max(2, min(24, -(-400_000_000 // (2 * n * k))))
         bench = Bench(config, kind, rows, copies)
-        least = 2 * n * k / BANDWIDTH * 1e6
+        least = max(2 * n * k / BANDWIDTH, 2 * n * k * rows / FLOPS) * 1e6
         results = []
-        library = capture(lambda bench=bench: [torch.mm(bench.x, w.t()) for w in bench.weights])
+        library = capture(lambda bench=bench: [F.linear(bench.x, w) for w in bench.weights])
         base = milliseconds(library, 15) / copies * 1e3
+        library = capture(lambda bench=bench: [F.linear(bench.x, w, bench.bias) for w in bench.weights])
+        biased = milliseconds(library, 15) / copies * 1e3
         del library
-        for cut in tilings(config, kind, products.padded_rows(rows), arguments.quick, arguments.only_early):
+        print(
+            json.dumps(
+                {
+                    "kind": kind, "rows": rows, "limit_us": round(least, 2), "cublas_us": round(base, 2),
+                    "with_bias_us": round(biased, 2),
+                }
+            ),
+            flush=True,
+        )  # fmt: skip
+        for cut in tilings(config, kind, padded(rows), arguments.quick, arguments.only_early):
             try:
                 took = milliseconds(capture(bench.all(cut)), 15) / copies * 1e3
             except Exception as error:
@@ -194,8 +224,7 @@ def main() -> None:
                 json.dumps(
                     {
                         "kind": kind, "rows": rows, "us": round(took, 2), "limit_us": round(least, 2),
-                        "of_limit": round(least / took, 3), "cublas_us": round(base, 2),
-                        "cut": str(cut),
+                        "of_limit": round(least / took, 3), "cut": str(cut),
                     }
                 ),
                 flush=True,

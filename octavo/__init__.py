@@ -49,7 +49,10 @@ def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
+    from octavo.platform.head_start import head_start
+
+    with head_start():
+        value = getattr(importlib.import_module(module), name)
     globals()[name] = value  # found directly the next time
     return value
 

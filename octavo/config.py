@@ -59,6 +59,12 @@ def parse_size(value: int | str, name: str) -> int:
     return size
 
 
+# Drafters that other engines have and this version does not.
+SPECULATIVE_METHODS_TO_COME = (
+    "eagle", "eagle3", "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "dflash", "lookahead", "nextn",
+)  # fmt: skip
+
+
 def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": choices})
 
@@ -87,6 +93,10 @@ class SpeculativeConfig:
         method = given.get("method")
         if not isinstance(method, str):
             raise ConfigError(f"speculative needs a method: one of {', '.join(SPECULATIVE_METHODS)}")
+        if method.lower() in SPECULATIVE_METHODS_TO_COME:
+            raise NotInThisVersionError(
+                f"speculative method {method!r}", f"there are {', '.join(SPECULATIVE_METHODS)}"
+            )
         if method not in SPECULATIVE_METHODS and ":" not in method:
             near = difflib.get_close_matches(method, SPECULATIVE_METHODS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -219,7 +229,7 @@ class EngineArgs:
     quantization: str | None = _option(None, "weight format")
     tensor_parallel_size: int = _option(1, "GPUs that share one model")
     pipeline_parallel_size: int = _option(1, "pipeline stages")
-    data_parallel_size: int = _option(1, "replicas behind one port")
+    data_parallel_size: int = _option(1, "replicas, each with the whole model")
     enable_lora: bool = _option(False, "serve LoRA adapters")
     lora_configs: list[dict[str, Any]] | None = _option(None, "adapters: lora_name and lora_path each")  # noqa: RUF009
 

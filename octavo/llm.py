@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
+from octavo import other_names
 from octavo.config import EngineArgs
 from octavo.engine.engine import Engine, failed_output
 from octavo.engine.inputs import PromptInput, prompt_list
@@ -154,6 +155,14 @@ class LLM:
     def rerank(self, *texts: Any, **options: Any) -> Any:
         """Reranking is not in this version."""
         raise NotInThisVersionError("rerank")
+
+    if not TYPE_CHECKING:  # a type checker is to go on seeing what is there and what is not
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Called for what is not there: also says what to do where another engine's LLM has it."""
+            advice = other_names.METHODS_ADVICE.get(name)
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(message if advice is None else f"{message}: {advice}")
 
     # ------------------------------------------------------------------ life
 

@@ -50,7 +50,11 @@ T = TypeVar("T")
 def unknown_name_message(name: str, known: Iterable[str], owner: str) -> str:
     """'no such parameter' with the nearest name, for any set of keyword arguments."""
     names = sorted(known)
-    near = other_names.SAMPLING.get(name) if owner == "SamplingParams" else None
+    near = None
+    if owner == "SamplingParams":
+        if name in other_names.SAMPLING_ADVICE:
+            return f"{owner} has no parameter {name!r}: {other_names.SAMPLING_ADVICE[name]}"
+        near = other_names.SAMPLING.get(name)
     if near is None:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
         near = close[0] if close else None

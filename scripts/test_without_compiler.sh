@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds a wheel as on a machine that has no compiler (the backend then fetches the package ziglang),
-# installs it beside the packages of .venv, and runs the kernel tests against that copy. Then the whole
-# engine generates text, with the kernels just built and, once they are deleted, with plain torch: both
+# installs it beside the packages of .venv, and runs the tests of the C kernels against that copy. Then the
+# whole engine generates text, with the kernels just built and, once they are deleted, with plain torch: both
 # must say what transformers says.
 # Everything happens in a temporary folder; .venv and the tree are left alone.
 set -euo pipefail
@@ -38,7 +38,7 @@ libraries = [path.name for path in (site / "octavo" / "kernels" / "cpu").glob("l
 assert libraries, "the wheel holds no compiled kernels"
 print("built without a compiler:", *libraries)
 EOF
-"${tests[@]}" tests/kernels
+"${tests[@]}" tests/kernels/cpu
 
 text=(tests/parity/test_engine.py tests/parity/test_smollm2.py -k "together or all-at-once or briefly")
 "${tests[@]}" "${text[@]}"

@@ -367,7 +367,7 @@ def test_a_kill_ends_the_engine_that_runs(folder: Path) -> None:
         assert b"run 1" in process.stderr.readline()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not (pids := children.read_text().split()):
-            time.sleep(0.01)
+            time.sleep(0.001)
         process.terminate()
         assert process.wait(20) == 143
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -109,18 +109,13 @@ class Journal:
         """Write one finished record. Raises OctavoError where there is no room."""
         line = _line(record)
         key = self._key_of(record)
-        try:
+        with _written(self.path):
             self._file.write(line)
             self._file.flush()
             now = time.monotonic()
             if now - self._last_sync >= SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._last_sync = now
-        except OSError as error:
-            raise OctavoError(
-                f"{self.path} cannot be written: {error.strerror}. What it holds is safe; make room and "
-                "start the same command again"
-            ) from None
         if key is not None:
             self.done.add(key)
 
@@ -147,7 +142,9 @@ class Journal:
         if not self._file.closed:
             with contextlib.suppress(OSError):
                 os.fsync(self._file.fileno())
-            self._file.close()
+            # Nothing is buffered but the line that could not be written, and that was said by then.
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -179,7 +176,7 @@ class Journal:
         if not any(drop(record) for record in self.records()):
             return
         beside = self.path.with_name(self.path.name + ".new")
-        with open(beside, "wb") as new, open(self.path, "rb") as old:
+        with _written(beside), open(beside, "wb") as new, open(self.path, "rb") as old:
             for line in old:
                 record = _parsed(line)
                 if record is not None and not drop(record):
@@ -194,8 +191,21 @@ class Journal:
     def _write_job(self) -> None:
         place = _job_path(self.path)
         beside = place.with_name(place.name + ".new")
-        beside.write_text(json.dumps(self._job, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, place)
+        with _written(place):
+            beside.write_text(json.dumps(self._job, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, place)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Around writing: a disk that is full, gone or read-only is an OctavoError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise OctavoError(
+            f"{path} cannot be written: {error.strerror}. What the results hold is safe; make room and "
+            "start the same command again"
+        ) from None
 
 
 def _job_path(path: Path) -> Path:

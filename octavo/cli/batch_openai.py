@@ -11,7 +11,8 @@ import click
 
 from octavo.cli.batch import split_replicas
 from octavo.cli.console import show_log
-from octavo.cli.options import SectionCommand, engine_kwargs, engine_options
+from octavo.cli.options import SectionCommand, batch_engine_options, engine_kwargs
+from octavo.server.settings import REASONING_PARSERS, TOOL_PARSERS
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -36,17 +37,21 @@ _LEVELS = ("debug", "info", "warning", "error")
 )  # fmt: skip
 @click.option("--retry-failed", is_flag=True, help="Do again what an engine's failure ended in earlier runs.")
 @click.option("--overwrite", is_flag=True, help="Throw away what the output file holds.")
-@click.option("--tool-parser", default="auto", show_default=True, help="How the model writes tool calls.")
 @click.option(
-    "--reasoning-parser", default="auto", show_default=True, help="How it marks its reasoning, or none."
-)
-@click.option("--quiet", is_flag=True, help="No progress.")
+    "--tool-parser", type=click.Choice(TOOL_PARSERS), default="auto", show_default=True,
+    help="How the model writes tool calls.",
+)  # fmt: skip
+@click.option(
+    "--reasoning-parser", type=click.Choice(REASONING_PARSERS), default="auto", show_default=True,
+    help="How it marks its reasoning, or none.",
+)  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option(
     "--log-level",
     type=click.Choice(_LEVELS),
     help="What goes to stderr beside progress. [info; quiet: warning]",
 )
-@engine_options
+@batch_engine_options
 def command(
     input_file: Path,
     output_file: Path,

@@ -11,7 +11,7 @@ import click
 
 from octavo.cli.batch import split_replicas
 from octavo.cli.console import show_log
-from octavo.cli.options import SectionCommand, engine_kwargs, engine_options
+from octavo.cli.options import SectionCommand, batch_engine_options, engine_kwargs
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ _SHOWN_PROBLEMS = 10
 @click.option("--overwrite", is_flag=True, help="Throw away the results that the output folder holds.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
 @click.option("--log-level", type=click.Choice(_LEVELS), default="warning", show_default=True)
-@engine_options
+@batch_engine_options
 def command(log_level: str, quiet: bool, **given: Any) -> int:
     """Make samples for every item of every user of a persona dataset.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -21,6 +22,7 @@ from octavo.cli.console import (
     stream_answer,
     with_model_defaults,
 )
+from octavo.cli.layers import current_environment
 from octavo.cli.options import (
     SectionCommand,
     engine_kwargs,
@@ -28,12 +30,14 @@ from octavo.cli.options import (
     sampling_options,
     sampling_params,
 )
+from octavo.cli.remote import RemoteModel
 from octavo.cli.show_drafts import DraftPainter, wants_colour
-from octavo.errors import NotInThisVersionError, RequestError
+from octavo.errors import RequestError
 
 if TYPE_CHECKING:
     from octavo import LLM, SamplingParams
 
+DEFAULT_MODEL = "smollm2"
 CHAT_SAMPLING = frozenset(
     {
         "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "stop",
@@ -50,16 +54,16 @@ Ctrl-C stops the present answer."""
 
 
 @click.command(cls=SectionCommand)
-@click.argument("model", default="smollm2")
+@click.argument("model", required=False)
 @click.option("--prompt", help="Answer this one message and leave; - reads it from stdin.")
 @click.option("--system", help="System message.")
-@click.option("--url", help="Talk to a server instead (not in this version).")
+@click.option("--url", help="Talk to a server, such as http://127.0.0.1:8000; MODEL is its name there.")
 @click.option("--show-drafts", is_flag=True, help="Colour accepted, rejected and bonus tokens.")
 @click.option("-q", "--quiet", is_flag=True, help="No memory plan, only warnings.")
 @sampling_options(only=CHAT_SAMPLING)
 @engine_options
 def command(
-    model: str,
+    model: str | None,
     prompt: str | None,
     system: str | None,
     url: str | None,
@@ -67,41 +71,87 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Talk to MODEL (default: smollm2), a folder, a .gguf file, a hub id, or an alias.
+    """Talk to MODEL (default: smollm2), a folder, a .gguf file, a hub id, or an alias; or with --url to a
+    server that speaks OpenAI's protocol (default: the first model it names; the key is $OPENAI_API_KEY).
 
     The speed of each answer goes to stderr.
     """
-    if url is not None:
-        raise NotInThisVersionError("octavo chat --url")
     params = sampling_params(given)
-    if prompt == "-":
-        prompt = read_stdin()
-    engine = engine_kwargs(model, given)
+    engine = engine_kwargs(None, given)
+    if url is not None:
+        _refuse_engine_options([*engine, *(["show_drafts"] if show_drafts else [])])
+        remote = RemoteModel(url, model, current_environment().get("OPENAI_API_KEY"), _fields(params))
+        _talk(Chat(remote, system), prompt)
+        return
     if show_drafts and engine.get("speculative") is None:
         raise click.UsageError(
             "--show-drafts needs a drafter: add --speculative-method prompt_lookup, or --draft MODEL"
         )
-    llm = load_llm(engine, quiet=quiet)
+    if prompt == "-":
+        prompt = read_stdin()  # before a model is loaded for nothing
+    llm = load_llm({"model": model or DEFAULT_MODEL, **engine}, quiet=quiet)
     try:
-        chat = Chat(llm, with_model_defaults(llm, params), system, show_drafts=show_drafts)
-        if prompt is None:
-            _converse(chat)
-        elif chat.answer(prompt):  # interrupted
-            raise KeyboardInterrupt
+        local = LocalModel(llm, with_model_defaults(llm, params), show_drafts=show_drafts)
+        _talk(Chat(local, system), prompt)
     finally:
         llm.shutdown()
 
 
-class Chat:
-    """One conversation: its messages so far, and how the next answer is made."""
+def _refuse_engine_options(given: list[str]) -> None:
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"with --url there is no engine here to be told {names}; leave it out.")
 
-    def __init__(
-        self, llm: LLM, params: SamplingParams | None, system: str | None = None, *, show_drafts: bool = False
-    ) -> None:
+
+def _fields(params: SamplingParams | None) -> dict[str, Any]:
+    """The flags that were given, as fields of a request."""
+    return {} if params is None else {name: getattr(params, name) for name in sorted(params.set_fields)}
+
+
+def _talk(chat: Chat, prompt: str | None) -> None:
+    """Answer one prompt, or converse where there is none."""
+    if prompt is None:
+        _converse(chat)
+    elif chat.answer(read_stdin() if prompt == "-" else prompt):  # interrupted
+        raise KeyboardInterrupt
+
+
+class Model(Protocol):
+    """Whoever answers."""
+
+    def answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Speed, bool]:
+        """Print an answer as it comes. Returns it, its speed, and whether Ctrl-C cut it short."""
+
+
+class LocalModel:
+    """An engine in this process."""
+
+    def __init__(self, llm: LLM, params: SamplingParams | None, *, show_drafts: bool = False) -> None:
         self._llm = llm
         self._params = _traced(llm, params) if show_drafts else params
         self._show_drafts = show_drafts
         self._legend_shown = False
+
+    def answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Speed, bool]:
+        """See `Model`. Raises RequestError if there is no answer."""
+        return stream_answer(self._llm.chat(messages, self._params, stream=True), painter=self._painter())
+
+    def _painter(self) -> DraftPainter | None:
+        tokenizer = self._llm._engine_parts().engine.tokenizer if self._show_drafts else None
+        if tokenizer is None:
+            return None
+        painter = DraftPainter(tokenizer, colour=wants_colour())
+        if not self._legend_shown:
+            click.echo(f"[{painter.legend()}]", err=True, color=wants_colour() or None)
+            self._legend_shown = True
+        return painter
+
+
+class Chat:
+    """One conversation: its messages so far, and who answers."""
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        self._model = model
         self.messages: list[dict[str, str]] = []
         self.last_speed = Speed()
         self.reset(system)
@@ -123,24 +173,13 @@ class Chat:
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            stream = self._llm.chat(self.messages, self._params, stream=True)
-            reply, self.last_speed, stopped = stream_answer(stream, painter=self._painter())
+            reply, self.last_speed, stopped = self._model.answer(self.messages)
         except BaseException:
             self.messages.pop()
             raise
         self.messages.append({"role": "assistant", "content": reply})
         click.echo(self.last_speed.line(), err=True)
         return stopped
-
-    def _painter(self) -> DraftPainter | None:
-        tokenizer = self._llm._engine_parts().engine.tokenizer if self._show_drafts else None
-        if tokenizer is None:
-            return None
-        painter = DraftPainter(tokenizer, colour=wants_colour())
-        if not self._legend_shown:
-            click.echo(f"[{painter.legend()}]", err=True, color=wants_colour() or None)
-            self._legend_shown = True
-        return painter
 
 
 def _traced(llm: LLM, params: SamplingParams | None) -> SamplingParams:

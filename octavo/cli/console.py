@@ -54,14 +54,14 @@ def read_stdin() -> str:
     return as_text(sys.stdin.buffer.read()).removesuffix("\n")
 
 
-def as_text(raw: bytes) -> str:
-    """Bytes of stdin as text, with plain newlines. Raises RequestError if they are not UTF-8."""
+def as_text(raw: bytes, source: str = "stdin") -> str:
+    """Bytes as text, with plain newlines. Raises RequestError if they are not UTF-8."""
     try:
         return raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise octavo.errors.RequestError(
-            f"stdin is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}, at offset "
+            f"{source} is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}, at offset "
             f"{error.start:,}. Convert it first, say with: iconv -f LATIN1 -t UTF-8",
             "prompt",
         ) from error

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import click
 
-from octavo.cli.chat import Chat
+from octavo.cli.chat import Chat, LocalModel
 from octavo.cli.console import load_llm
 from octavo.cli.main import main as run_cli
 from octavo.errors import CheckpointError
@@ -42,7 +42,7 @@ def command(model: str, prompt: str, dtype: str, max_tokens: int) -> None:
     loaded = time.perf_counter() - start
     try:
         click.echo(f"\n> {prompt}\n")
-        chat = Chat(llm, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+        chat = Chat(LocalModel(llm, SamplingParams(temperature=0.0, max_tokens=max_tokens)))
         if chat.answer(prompt):
             raise KeyboardInterrupt
         speed = chat.last_speed

@@ -17,9 +17,9 @@ from octavo.config import EngineArgs
 def command(warm_model: str | None, **given: Any) -> None:
     """Show what this machine has: device, cores, memory, kernels, versions.
 
-    With --warm, compile the kernels that a GPU runs for a model, by several processes at once and without
-    loading its weights: so that the first start is as fast as every later one. Give the options that the
-    engine will be started with.
+    With --warm, compile the kernels that a GPU runs for a model, on all cores and without loading its
+    weights: so that the first start is as fast as every later one. Give the options that the engine will be
+    started with, --speculative-config too.
     """
     from octavo import platform
 
@@ -32,5 +32,5 @@ def command(warm_model: str | None, **given: Any) -> None:
 
     config = resolve(args)
     started = time.perf_counter()
-    compile_ahead(config, config.platform.threads)
+    compile_ahead(config)
     click.echo(f"The kernels for {warm_model} are compiled ({time.perf_counter() - started:.0f} s).")

@@ -11,6 +11,7 @@ output any more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -25,6 +26,13 @@ from octavo.errors import NotInThisVersionError, OctavoError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as shells count
 COMPLETION = "_OCTAVO_COMPLETE"  # click's name for it
+# Errors of the system that are no defect of ours, wherever they come up.
+_OF_THE_MACHINE = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+    }
+)  # fmt: skip
 
 # verb -> (module with a click command named `command`, one line of help)
 VERBS = {
@@ -130,12 +138,23 @@ def main(arguments: Sequence[str] | None = None, command: click.Command = cli) -
     except OctavoError as error:
         _show_error(str(error), session)
         return error.exit_code
-    except Exception as error:  # a defect of ours: still one block
-        _show_error(f"internal error: {type(error).__name__}: {error}", session)
-        if not session.debug:
-            click.echo("This is a defect in Octavo; --debug shows the traceback.", err=True)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            return _defect(error, session)
+        where = f": {error.filename}" if error.filename is not None else ""
+        _show_error(f"{error.strerror}{where}", session)
         return 1
+    except Exception as error:
+        return _defect(error, session)
     return result if isinstance(result, int) else 0
+
+
+def _defect(error: Exception, session: Session) -> int:
+    """An error that nobody thought of: still one block."""
+    _show_error(f"internal error: {type(error).__name__}: {error}", session)
+    if not session.debug:
+        click.echo("This is a defect in Octavo; --debug shows the traceback.", err=True)
+    return 1
 
 
 def _nobody_reads() -> int:

@@ -68,15 +68,19 @@ class SectionOption(click.Option):
 class SectionCommand(click.Command):
     """A command whose help groups SectionOptions under their headings, after its own options."""
 
+    more_advice: Mapping[str, str] = {}  # on flags that only other engines' commands of this kind have
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag of another engine is answered with ours."""
+        given = list(args)  # click takes them off one by one
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            advice = _flag_advice(error.option_name)
+            flag = _as_written(error.option_name, given)
+            advice = self.more_advice.get(_name_of(flag)) or _flag_advice(flag)
             if advice is None:
                 raise
-            raise click.UsageError(f"No such option: {error.option_name}: {advice}", ctx) from None
+            raise click.UsageError(f"No such option: {flag}: {advice}", ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
@@ -92,6 +96,12 @@ class SectionCommand(click.Command):
 
 class _EngineOption(SectionOption):
     section = "Engine"
+
+
+class _OptionToCome(SectionOption):
+    """Read, and refused by EngineArgs unless it has its default."""
+
+    section = "Not in this version"
 
 
 class _SamplingOption(SectionOption):
@@ -112,6 +122,15 @@ _SPECULATIVE: dict[str, tuple[str, Any, str]] = {
 
 def engine_options(function: Function) -> Function:
     """Give a command one flag for each field of EngineArgs but the model; see `engine_kwargs`."""
+    return _add_engine_options(function, other_names.TO_COME)
+
+
+def batch_engine_options(function: Function) -> Function:
+    """As `engine_options`, for a command that runs several replicas."""
+    return _add_engine_options(function, other_names.TO_COME - {"data_parallel_size"})
+
+
+def _add_engine_options(function: Function, to_come: frozenset[str]) -> Function:
     for key, (flag, kind, text) in reversed(_SPECULATIVE.items()):
         option = click.option(
             flag, f"speculative_{key}", type=kind, default=None, help=text, cls=_EngineOption
@@ -119,11 +138,12 @@ def engine_options(function: Function) -> Function:
         function = option(function)
     for field in reversed(fields(EngineArgs)):
         if field.name != "model":
-            function = _engine_option(field)(function)
+            kind = _OptionToCome if field.name in to_come else _EngineOption
+            function = _engine_option(field, kind)(function)
     return function
 
 
-def _engine_option(field: Field[Any]) -> Callable[[Function], Function]:
+def _engine_option(field: Field[Any], option_class: type[SectionOption]) -> Callable[[Function], Function]:
     metadata: Mapping[str, Any] = field.metadata
     flag = metadata.get("flag") or _flag_of(field.name)
     text = metadata["help"]
@@ -133,7 +153,7 @@ def _engine_option(field: Field[Any]) -> Callable[[Function], Function]:
     parameter = f"engine_{field.name}"
     if field.type == "bool":
         return click.option(
-            f"{flag}/--no-{flag.removeprefix('--')}", parameter, default=None, help=text, cls=_EngineOption
+            f"{flag}/--no-{flag.removeprefix('--')}", parameter, default=None, help=text, cls=option_class
         )
     choices = metadata.get("choices")
     kind = click.Choice(choices) if choices else _TYPES[str(field.type)]
@@ -144,7 +164,7 @@ def _engine_option(field: Field[Any]) -> Callable[[Function], Function]:
         metavar=None if choices else _METAVARS.get(kind),
         default=None,
         help=text,
-        cls=_EngineOption,
+        cls=option_class,
     )
 
 
@@ -152,18 +172,31 @@ def _flag_of(field_name: str) -> str:
     return _FLAG_NAMES.get(field_name) or f"--{field_name.replace('_', '-')}"
 
 
+def _as_written(flag: str, given: list[str]) -> str:
+    """`-tp` for the `-t` that click makes of it."""
+    if flag.startswith("--"):
+        return flag
+    return next((word for word in given if word.startswith(flag)), flag)
+
+
+def _name_of(flag: str) -> str:
+    return flag.lstrip("-").partition("=")[0].replace("-", "_")
+
+
 def _flag_advice(flag: str) -> str | None:
     """What to write instead of a flag that only other engines have; None if we know of none."""
-    name = flag.lstrip("-").replace("-", "_")
+    name = _name_of(flag)
     ours = other_names.OPTIONS.get(name, name)
     if ours == "model":
         return "the model is the first argument, as in octavo generate MODEL"
     if ours != name:
-        return f"here it is called {_flag_of(ours)}"
+        return other_names.renamed(ours, _flag_of(ours))
     if name in other_names.SAMPLING:
         parameter, rest = re.split(r"(?!\w)", other_names.SAMPLING[name], maxsplit=1)
         return f"here it is called --{parameter.replace('_', '-')}{rest}"
-    return other_names.OPTIONS_ADVICE.get(name)
+    if name.startswith("no_"):
+        name = name.removeprefix("no_")
+    return other_names.OPTIONS_ADVICE.get(name) or other_names.SAMPLING_ADVICE.get(name)
 
 
 def engine_kwargs(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

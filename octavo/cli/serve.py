@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from octavo import other_names
 from octavo.cli.layers import Layers, Setting, current_environment, variable_of
 from octavo.cli.options import SectionCommand, SectionOption, engine_kwargs, engine_options
 from octavo.config import EngineArgs
@@ -51,6 +52,10 @@ class _ServeOption(SectionOption):
     section = "Server"
 
 
+class _ServeCommand(SectionCommand):
+    more_advice = other_names.SERVER_ADVICE
+
+
 def serve_options(function: Function) -> Function:
     """Give a command one flag for each field of ServeSettings."""
     for field in reversed(fields(ServeSettings)):
@@ -78,7 +83,7 @@ def _serve_option(field: Field[Any]) -> Callable[[Function], Function]:
     )
 
 
-@click.command(cls=SectionCommand)
+@click.command(cls=_ServeCommand)
 @click.argument("model", required=False)
 @click.option("--model", "model_option", help="The same as the argument.")
 @click.option("--config", "config_file", help="YAML file of options, named as the flags are.")

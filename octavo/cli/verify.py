@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octavo.cli.console import load_llm
+from octavo.cli.console import as_text, load_llm
 from octavo.cli.options import SectionCommand, engine_kwargs, engine_options
 from octavo.cli.verify_runs import NEAR_TIE, Verdict, Verifier, bundled_prompts
+from octavo.config import SpeculativeConfig
 
 if TYPE_CHECKING:
     from octavo import LLM
@@ -45,7 +46,7 @@ def command(
     drafters = _drafters(methods, given)
     prompts = bundled_prompts(num_prompts)
     if file is not None:
-        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line for line in as_text(file.read_bytes(), str(file)).splitlines() if line.strip()]
         if not prompts:
             raise click.UsageError(f"{file} holds no prompt")
         prompts = [prompts[i % len(prompts)] for i in range(num_prompts)]
@@ -84,6 +85,7 @@ def _drafters(methods: tuple[str, ...], given: dict[str, Any]) -> list[dict[str,
             if draft is None:
                 raise click.UsageError(f"--method {name} needs --draft MODEL")
             speculative["model"] = draft
+        SpeculativeConfig.from_dict(speculative)  # refused here, before the reference takes its minutes
         drafters.append(speculative)
     return drafters
 

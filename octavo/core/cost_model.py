@@ -21,6 +21,8 @@ from collections.abc import Sequence
 _MAX_SURPRISE = 0.25  # of log(observed / expected)
 _SPEED_RATE = 0.04  # at last; the first observations count for more
 _LOCAL_RATE = 0.04  # at last; the first observations of a table entry count for more
+_FIRST_WEIGHT = 4.0  # observations that the measurement at the start is worth
+_WELL_KNOWN = 24.0  # observations
 _UNEVEN = 1.1  # how much worse than its parts a larger pass may be
 _DELIBERATE_RATE = 0.15  # of a measurement that was made on purpose, and is rare
 
@@ -96,16 +98,19 @@ class CostModel:
         kv = self._kv * kv_tokens
         kv_share = kv / (base + kv)
         self._seen += 1
-        self._speed *= math.exp(max(_SPEED_RATE, 0.5 / self._seen) * surprise)
         self._kv *= math.exp(_LOCAL_RATE * surprise * kv_share)
         if self._sizes and rows <= self._sizes[-1]:
             rows = self._sizes[bisect_left(self._sizes, rows)]
         high = min(bisect_left(self._rows, rows), len(self._rows) - 1)
         low = max(high - 1, 0)
-        if low == high or rows >= self._rows[high]:
-            self._correct(high, 1.0, surprise * (1.0 - kv_share), deliberate)
-            return
-        share = max(0.0, (rows - self._rows[low]) / (self._rows[high] - self._rows[low]))
+        share = 1.0
+        if low < high and rows < self._rows[high]:
+            share = max(0.0, (rows - self._rows[low]) / (self._rows[high] - self._rows[low]))
+        # Where little was seen of these sizes and much of others, it is the measurement that was wrong
+        # here, and not the machine that has become slower.
+        known = _FIRST_WEIGHT + share * self._weight[high] + (1.0 - share) * self._weight[low]
+        known /= _FIRST_WEIGHT + min(_WELL_KNOWN, max(self._weight))
+        self._speed *= math.exp(min(1.0, known) * max(_SPEED_RATE, 0.5 / self._seen) * surprise)
         self._correct(low, 1.0 - share, surprise * (1.0 - kv_share), deliberate)
         self._correct(high, share, surprise * (1.0 - kv_share), deliberate)
 
@@ -114,6 +119,6 @@ class CostModel:
             return
         self._weight[index] += share * share
         least = _DELIBERATE_RATE if deliberate else _LOCAL_RATE
-        rate = max(least, 1.0 / (self._weight[index] + 8.0))
+        rate = max(least, 1.0 / (self._weight[index] + _FIRST_WEIGHT))
         self._local[index] += rate * share * surprise
         self._values[index] = self._measured[index] * math.exp(self._local[index])

@@ -22,6 +22,9 @@ This file adds what makes a sequence of such decisions good:
 * *Curiosity, on an allowance* (`draft_trials`). 0.5% of the device's time may be given away. A
   request that has stopped drafting gets one draft now and then, to see whether its text has changed,
   and while these are right, twice as many each time.
+* *Boldness.* What a step with many rows takes is only known where such steps are made. So from the same
+  allowance a few steps are made with more drafts than seem to pay, where they would if a quarter of what
+  their rows seem to cost were a mistake; what was right stays.
 * *Rest.* Where nobody drafts and nothing new was seen, steps go without a plan, and of those one in
   four is looked at: thinking costs time as well.
 * *Honesty.* From the same allowance, short windows of plain steps at the same load show what a
@@ -39,7 +42,6 @@ Plain Python, no tensors: `plan` when a step is built, `observe` when its output
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance, SharedAcceptance
@@ -47,7 +49,9 @@ from octavo.core.cost_model import CostModel
 from octavo.core.draft_choice import Economy, choose, expected
 from octavo.core.draft_in_force import (
     MIN_GAIN,
+    Bolder,
     ChoiceInForce,
+    bolder,
     changed_alone,
     could_pay,
     count_worth,
@@ -55,17 +59,30 @@ from octavo.core.draft_in_force import (
     promise,
 )
 from octavo.core.draft_ledger import Ledger
-from octavo.core.draft_limits import CATCH_UP_ROWS, catch_up, draft_room, keep_limits, leave_out_blocked
-from octavo.core.draft_plan import BudgetReport, DraftPlan, DraftPolicy, DraftState, StepFacts, StepResult
-from octavo.core.draft_trials import Trials, next_probe
+from octavo.core.draft_limits import (
+    CATCH_UP_ROWS,
+    catch_up,
+    draft_room,
+    keep_limits,
+    leave_out_blocked,
+    num_passes,
+)
+from octavo.core.draft_plan import (
+    BudgetReport,
+    DraftPlan,
+    DraftPolicy,
+    DraftState,
+    StepFacts,
+    StepResult,
+    refresh_curves,
+)
+from octavo.core.draft_records import Records
+from octavo.core.draft_trials import BOLD_STEPS, Trials
 
 __all__ = ["BudgetReport", "DraftBudget", "DraftPlan", "DraftPolicy", "DraftState", "StepFacts", "StepResult"]
 
 _CATCH_UP_HORIZON = 128  # tokens over which a draft model's catch-up must pay off
-_PROMISE_DECAY = 0.995  # a step
-_PROMISE_WEIGHT = 20.0  # tokens for which promises are believed without proof
-_FOLDS = 8  # requests whose records are worked into their chances, a step
-_HOPE = 32  # steps in which a request that was right without drafting is thought about often
+_PROOF = 4  # steps after a change in which it is looked at again
 _NEW_STEPS = 64  # after the start, in which what was measured there is checked in every step
 _RESTS_A_LOOK = 4  # steps at rest, of which the last is observed
 _REST = 12  # steps without a plan, at most, where nobody drafts and nothing new was seen
@@ -95,17 +112,16 @@ class DraftBudget:
         self._reserves_rows = reserves_rows
         self._catch_up_rows = catch_up_rows
         self._shared: dict[str, SharedAcceptance] = {}
+        self._records = Records(self._shared, reserves_rows)
         self._choices = (ChoiceInForce(), ChoiceInForce())
         self._trials = Trials(self.report)
         self._step = 0
-        self._to_fold: deque[DraftState] = deque()
         self._ledger = Ledger(target, draft, self.report)
-        self._promised = self._kept = 0.0  # tokens, decayed
         self._news = 0  # grows with everything that could change a decision
-        self._hopeful_until = 0  # the step before which an undrafted request was right a moment ago
         self._rest_until = 0  # the step that is planned again
         self._rest_batch = 0
         self._num_rested = 0  # steps that the ledger has not seen
+        self._turn = 0  # whose chances were computed anew last
 
     # ------------------------------------------------------------------ requests
 
@@ -162,7 +178,7 @@ class DraftBudget:
             self._note_blocked(facts)
         mixed = facts.chunk_rows > 0
         choice = self._choices[mixed]
-        if self._step < max(self._hopeful_until, _NEW_STEPS):
+        if self._step < max(self._records.hopeful_until, _NEW_STEPS):
             self._news += 1
         if choice.is_due(len(states), facts.chunk_rows, self._news):
             self._decide(choice, mixed, facts)
@@ -186,19 +202,19 @@ class DraftBudget:
             )  # fmt: skip
         keep_limits(plan, facts, room, self.report)
         if self.draft is not None:
-            plan.passes = _num_passes(plan, choice.passes)
+            plan.passes = num_passes(plan, choice.passes)
         self._consider_rest(plan, choice, mixed)
         return plan
 
     def _consider_rest(self, plan: DraftPlan, choice: ChoiceInForce, mixed: bool) -> None:
         """Nobody drafts: as long as nothing new is seen, the next plan will be for an exploration."""
         self._rest_until = 0
-        if mixed or plan.counterfactual or self._to_fold or any(plan.num_drafts):
+        if mixed or plan.counterfactual or self._records.waiting or any(plan.num_drafts):
             return
         if any(state.chosen[0] for state in plan.states):
             return  # a limit left none, and may leave some in the next step
         self._rest_batch = len(plan.states)
-        attentive = self._step < max(self._hopeful_until, _NEW_STEPS)
+        attentive = self._step < max(self._records.hopeful_until, _NEW_STEPS)
         self._rest_until = self._step + (_steps_between(len(plan.states)) if attentive else _REST)
         if choice.could_pay:
             self._rest_until = min(self._rest_until, self._trials.next_exploration)
@@ -218,6 +234,7 @@ class DraftBudget:
         choice.steps_left = _steps_between(batch) - 1
         choice.news = self._news
         autos = [state for state in facts.states if state.fixed is None]
+        self._turn = refresh_curves(autos, self._reserves_rows, self._turn)
         economy = self._economy(facts, all_auto=len(autos) == batch)
         now = [state.chosen[mixed] for state in autos]
         now_tokens, now_rows = promise(autos, now, choice.passes)
@@ -230,7 +247,7 @@ class DraftBudget:
         counts = best.drafts(autos)
         tokens, rows = promise(autos, counts, best.passes)
         rate = economy.rate(tokens, rows, best.passes)
-        starts = rate > MIN_GAIN * now_rate
+        starts = rate > (1.0 if choice.on_trial else MIN_GAIN) * now_rate
         if starts:
             choice.passes = best.passes
             now, now_tokens, now_rate = counts, tokens, rate
@@ -238,9 +255,19 @@ class DraftBudget:
             choice.passes = 0
         elif batch > 1:
             now = changed_alone(autos, now, counts, choice.passes, economy, rate, rows)
+        if choice.on_trial and not starts and not stops:
+            self._trials.boldness_paid(self._step, batch)
+        choice.on_trial = False
         if starts or stops:
             self.report.num_changes += 1
+            choice.steps_left = min(choice.steps_left, _PROOF)  # a mistake is seen at once
             promise(autos, now, choice.passes)
+        elif not mixed and len(autos) == batch and self._trials.may_be_bold(self._step, batch):
+            bold = bolder(autos, now, now_rate, choice.passes, economy)
+            if bold is not None and self._trials.be_bold(self._step, batch, self._cost_of_trial(bold, facts)):
+                now, now_tokens, rows, now_rate = bold.counts, bold.tokens, bold.rows, bold.rate
+                choice.on_trial, choice.passes, choice.steps_left = True, bold.passes, BOLD_STEPS
+                promise(autos, now, choice.passes)
         for state, count in zip(autos, now, strict=True):
             state.chosen[mixed] = count
         choice.price = economy.row_price(rows, max(1.0, batch / 8), rate)
@@ -250,6 +277,12 @@ class DraftBudget:
         choice.extra_tokens = now_tokens
         all_tokens = economy.base_tokens + now_tokens
         choice.saved_seconds = all_tokens / economy.plain_rate - all_tokens / now_rate
+
+    def _cost_of_trial(self, bold: Bolder, facts: StepFacts) -> float:
+        cost = BOLD_STEPS * bold.lost
+        if self.draft is not None and (behind := sum(facts.owed)):
+            cost += self.draft.seconds(behind)
+        return cost
 
     def _economy(self, facts: StepFacts, all_auto: bool) -> Economy:
         batch = len(facts.states)
@@ -267,7 +300,7 @@ class DraftBudget:
             max_rows=max(0, min(room, facts.kv_room)),
             pass_seconds=self._pass_seconds(facts.states, facts.kv_tokens),
             drafting_seconds=self._ledger.lookup_seconds * batch,
-            trust=min(1.0, (self._kept + _PROMISE_WEIGHT) / (self._promised + _PROMISE_WEIGHT)),
+            trust=self._records.trust,
             fixed=fixed,
         )
 
@@ -299,6 +332,8 @@ class DraftBudget:
     def _catching_up_pays(self, index: int, plan: DraftPlan, choice: ChoiceInForce, facts: StepFacts) -> bool:
         """Does what the request's drafts save, over the tokens it may still have, pay for it?"""
         assert self.draft is not None, "only a draft model can be behind"
+        if choice.on_trial:
+            return True  # from the allowance
         gain, _ = expected(facts.states[index], plan.num_drafts[index], choice.passes)
         share = gain / choice.extra_tokens if choice.extra_tokens > 0.0 else 0.0
         steps = min(facts.rooms[index], _CATCH_UP_HORIZON) / (1.0 + gain)
@@ -309,85 +344,23 @@ class DraftBudget:
     def observe(self, result: StepResult) -> None:
         """Learn from a step that was read: what it took, and what became of its drafts."""
         self._ledger.book(result, self._trials)
-        self._promised *= _PROMISE_DECAY
-        self._kept *= _PROMISE_DECAY
+        self._records.pass_steps(1)
         if any(result.asked):
-            self._record(result)
-        if self._to_fold:
-            self._fold(_FOLDS)
+            self._records.take(result, self._step, _steps_between(result.num_verify))
+        if self._records.fold(self._step):
+            self._news += 1
+            self._rest_until = 0
 
     def observe_rest(self, num_requests: int, kv_tokens: int, target_seconds: float) -> None:
         """A plain step at rest was read. One of a few is looked at, and stands for all of them."""
         self._num_rested += 1
         if self._num_rested >= _RESTS_A_LOOK or self.report.num_steps < _NEW_STEPS:
             self._ledger.book_rest(num_requests, kv_tokens, target_seconds, self._num_rested, self._trials)
-            self._promised *= _PROMISE_DECAY**self._num_rested
-            self._kept *= _PROMISE_DECAY**self._num_rested
+            self._records.pass_steps(self._num_rested)
             self._num_rested = 0
-
-    def _record(self, result: StepResult) -> None:
-        fold_after, from_model = _steps_between(result.num_verify), result.from_model
-        promised = kept = 0.0
-        columns = zip(result.states, result.asked, result.drafted, result.accepted, strict=True)
-        for index, (state, asked, drafted, accepted) in enumerate(columns):
-            if not asked:
-                continue
-            if state.promised:
-                promised += state.promised
-                kept += accepted
-            source = state.lookup
-            if source is not None and index in from_model:
-                source.record(asked, 0, 0)  # it had found nothing
-                asked = drafted  # the model's part of what was asked for
-                source = None
-            source = source or state.model
-            if source is None:
-                continue
-            source.record(asked, drafted, accepted)
-            if state.queued:
-                continue
-            idle = not any(state.chosen)
-            if idle:
-                state.probe = next_probe(result.asked[index], accepted)
-                if accepted:
-                    state.explored = -1  # the text may have changed: look again soon
-                    self._hopeful_until = self._step + _HOPE
-            if idle or source.num_pending >= fold_after or source.num_pending > source.num_folds:
-                state.queued = True
-                self._to_fold.append(state)
-        self._promised += promised
-        self._kept += kept
-
-    def _fold(self, most: int) -> None:
-        """The arithmetic of the records, for a few requests a step."""
-        self._news += 1
-        self._rest_until = 0
-        folded: list[DraftState] = []
-        while self._to_fold and len(folded) < most:
-            state = self._to_fold.popleft()
-            state.queued = False
-            for source in (state.lookup, state.model):
-                if source is not None and source.num_pending:
-                    source.fold(self._step)
-            folded.append(state)
-        for shared in self._shared.values():
-            shared.refresh()
-        for state in folded:
-            state.update_curves(self._reserves_rows)
 
 
 def _steps_between(batch: int) -> int:
     """Steps from one decision, or one look at a request's records, to the next: thinking costs
     time as well, and what one step can tell of a large batch is little."""
     return max(4, batch // 16)
-
-
-def _num_passes(plan: DraftPlan, chosen: int) -> int:
-    """Draft model passes: as many as the longest drafts that it makes. A lookup alone goes deeper."""
-    most = 0
-    for index, (state, count) in enumerate(zip(plan.states, plan.num_drafts, strict=True)):
-        if count > most and state.model is not None and not state.blocked:
-            if state.lookup is not None and state.fixed is None:
-                count = min(count, max(chosen, index in plan.explored))
-            most = max(most, count)
-    return most

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from octavo.core.acceptance import MAX_DRAFTS
@@ -80,9 +82,9 @@ class Economy:
     be counted on, `drafting_seconds` what drafting costs besides its passes.
     """
 
-    __slots__ = ("_chunk_rows", "_chunk_seconds", "_kv_tokens", "_target", "base_passes", "base_rows",
-                 "base_tokens", "drafting_seconds", "edges", "max_rows", "pass_seconds", "plain_rate",
-                 "plain_seconds", "trust")  # fmt: skip
+    __slots__ = ("_chunk_rows", "_chunk_seconds", "_hope", "_kv_tokens", "_sure_rows", "_sure_seconds",
+                 "_target", "base_passes", "base_rows", "base_tokens", "drafting_seconds", "edges",
+                 "max_rows", "pass_seconds", "plain_rate", "plain_seconds", "trust")  # fmt: skip
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class Economy:
         fixed: Sequence[tuple[float, float, int]] = (),  # tokens, rows and passes of fixed drafts
     ) -> None:
         self._target = target
+        self._sure_rows, self._sure_seconds, self._hope = inf, 0.0, 0.0
         self._kv_tokens = kv_tokens
         self._chunk_rows = chunk_rows
         self._chunk_seconds = 0.0
@@ -117,7 +120,17 @@ class Economy:
 
     def seconds(self, rows: float) -> float:
         """A step with so many rows besides the chunk, without drafting."""
-        return self._target.seconds(self._chunk_rows + rows, self._kv_tokens) - self._chunk_seconds
+        seconds = self._target.seconds(self._chunk_rows + rows, self._kv_tokens) - self._chunk_seconds
+        if rows > self._sure_rows:
+            seconds -= self._hope * (seconds - self._sure_seconds)
+        return seconds
+
+    def hoping(self, rows: float, share: float) -> Economy:
+        """The same, where what draft rows beyond `rows` add may be too much by this share of it."""
+        found = copy(self)
+        found._sure_rows, found._hope = self.base_rows + rows, share
+        found._sure_seconds = self.seconds(found._sure_rows)
+        return found
 
     def drafting(self, passes: int) -> float:
         """Seconds of making drafts with so many passes; those of fixed numbers are made anyway."""

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.core.acceptance import MAX_DRAFTS
-from octavo.core.draft_choice import Economy, expected
+from octavo.core.draft_choice import Economy, choose, expected
 from octavo.core.draft_plan import DraftState
 
 MIN_GAIN = 1.03  # what a change must promise
+_HOPE = 0.25  # the share of what more rows cost that may be a mistake
 _UNLEARNED_STEPS = 8  # after which a choice is looked at again though nothing was learned
 
 
@@ -32,6 +33,7 @@ class ChoiceInForce:
     batch: int = 0
     chunk_rows: int = 0
     steps_left: int = 0  # to the next decision
+    on_trial: bool = False  # in force only to see whether its steps take as long as believed
     news: int = -1  # what the budget had learned by then
 
     def is_due(self, batch: int, chunk_rows: int, news: int) -> bool:
@@ -105,6 +107,44 @@ def count_worth(state: DraftState, choice: ChoiceInForce) -> int:
         if tokens - choice.price * rows > profit:
             best, profit = count, tokens - choice.price * rows
     return best
+
+
+@dataclass(slots=True)
+class Bolder:
+    """A choice with more drafts than the one in force. `lost` are the seconds of a step of it, as believed,
+    that the tokens it brings do not pay for."""
+
+    passes: int
+    counts: list[int]
+    tokens: float
+    rows: float
+    rate: float
+    lost: float
+
+
+def bolder(
+    states: Sequence[DraftState], now: Sequence[int], now_rate: float, passes: int, economy: Economy
+) -> Bolder | None:
+    """What would be chosen if more rows cost less than believed; None if it is what is in force.
+
+    What a step with so many rows takes is only seen by making it. What is believed to be too dear is not
+    made, and would stay too dear.
+    """
+    rows = sum(expected(state, count, passes)[1] for state, count in zip(states, now, strict=True))
+    hoped = economy.hoping(rows, _HOPE)
+    choice = choose(states, hoped, passes)
+    counts = choice.drafts(states)
+    tokens = more_rows = 0.0
+    for state, count in zip(states, counts, strict=True):
+        found = expected(state, count, choice.passes)
+        tokens += found[0]
+        more_rows += found[1]
+    if more_rows <= rows or hoped.rate(tokens, more_rows, choice.passes) <= MIN_GAIN * now_rate:
+        return None
+    rate = economy.rate(tokens, more_rows, choice.passes)
+    seconds = (economy.base_tokens + economy.trust * tokens) / rate
+    lost = max(0.0, seconds * (1.0 - rate / now_rate))
+    return Bolder(choice.passes, counts, tokens, more_rows, rate, lost)
 
 
 def could_pay(states: Sequence[DraftState], economy: Economy, row_price: float) -> bool:

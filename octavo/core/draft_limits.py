@@ -10,6 +10,17 @@ from octavo.core.draft_plan import BudgetReport, DraftPlan, StepFacts
 CATCH_UP_ROWS = 256  # a step, at most, where nobody says otherwise
 
 
+def num_passes(plan: DraftPlan, chosen: int) -> int:
+    """Draft model passes: as many as the longest drafts that it makes. A lookup alone goes deeper."""
+    most = 0
+    for index, (state, count) in enumerate(zip(plan.states, plan.num_drafts, strict=True)):
+        if count > most and state.model is not None and not state.blocked:
+            if state.lookup is not None and state.fixed is None:
+                count = min(count, max(chosen, index in plan.explored))
+            most = max(most, count)
+    return most
+
+
 def draft_room(facts: StepFacts, max_num_batched_tokens: int) -> int:
     """Draft rows the token budget allows; waiting prompts keep half of what is free."""
     free = max(0, max_num_batched_tokens - len(facts.states))

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance
+from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance, SharedAcceptance
 from octavo.core.draft_choice import NOTHING, Curve
 from octavo.core.messages import DraftPasses
 
 UNLIMITED = 1 << 60
+_REFRESHED = 8
 
 
 class DraftState:
@@ -56,7 +57,7 @@ class DraftState:
         self.draft_seconds = 0.0  # its part of the time in which drafts were made, by their number
         self.verify_seconds = 0.0  # its part of the steps that verified drafts of it, by rows
         self.saved_seconds = 0.0  # by its accepted drafts; what the steps took longer is not in here
-        self.explored = 0  # the step of the last exploration; -1: its drafts were right
+        self.explored = 0  # the step of the last exploration; below 0: its drafts were right
         self.probe = 1  # drafts of the next one
         self.started = (0.0, 0.0)  # the budget's clocks when it was added
 
@@ -64,6 +65,12 @@ class DraftState:
     def may_explore(self) -> bool:
         """True if one draft could be made to see what it is worth."""
         return self.fixed is None and (self.lookup is not None or not self.blocked)
+
+    @property
+    def is_known(self) -> bool:
+        """True if drafts of its own were seen."""
+        lookup, model = self.lookup, self.model
+        return (lookup is not None and lookup.num_folds > 0) or (model is not None and model.num_folds > 0)
 
     def update_curves(self, reserves_rows: bool) -> None:
         """Recompute the chances after records were folded or the prior changed."""
@@ -88,6 +95,32 @@ class DraftState:
             chances += [0.0] * (length - len(chances))
             chances = [match * a + (1.0 - match) * b for a, b in zip(found, chances, strict=True)]
         self.passed = Curve(chances)
+
+
+def refresh_curves(states: Sequence[DraftState], reserves_rows: bool, turn: int) -> int:
+    """Take in what all requests together showed since a request's own chances were computed.
+
+    Those that have shown nothing themselves have the same chances; of the others, one in `_REFRESHED` has
+    its turn. Returns the turn for the next call.
+    """
+    alike: dict[tuple[SharedAcceptance | None, SharedAcceptance | None, bool], DraftState] = {}
+    known: list[DraftState] = []
+    for state in states:
+        if state.is_known:
+            known.append(state)
+            continue
+        lookup, model = state.lookup, state.model
+        drafters = (lookup.shared if lookup else None, model.shared if model else None, state.blocked)
+        first = alike.get(drafters)
+        if first is None:
+            state.update_curves(reserves_rows)
+            alike[drafters] = state
+        else:
+            state.free, state.passed = first.free, first.passed
+    for _ in range(min(len(known), max(1, len(states) // _REFRESHED))):
+        turn = (turn + 1) % len(known)
+        known[turn].update_curves(reserves_rows)
+    return turn
 
 
 @dataclass(slots=True)
@@ -209,6 +242,7 @@ class BudgetReport:
     num_speculating_steps: int = 0
     num_explored: int = 0
     num_windows: int = 0
+    num_bold: int = 0  # trials of more drafts than seemed to pay
     num_cut_drafts: int = 0  # of fixed numbers
     num_cut_steps: int = 0
     num_changes: int = 0  # of the choice for the whole batch

@@ -1,8 +1,10 @@
-"""What may be given away to learn: a few drafts for the undrafted, a few plain steps for the drafted.
+"""What may be given away to learn: a few drafts for the undrafted, a few plain steps for the drafted,
+a few steps with more drafts than seem to pay.
 
-Both are paid from one allowance, a small part of the device time so far, before they are made. The
+All are paid from one allowance, a small part of the device time so far, before they are made. The
 cost of an exploration is what its rows and its draft pass add to the step. The cost of a window of
-plain steps is the time that drafting would have saved in it.
+plain steps is the time that drafting would have saved in it, that of a bolder choice what its drafts
+are believed to bring too little.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from octavo.core.draft_plan import BudgetReport, DraftPlan, StepFacts
 
 ALLOWANCE = 0.005  # of device time
 _WINDOW_STEPS = 4
+BOLD_STEPS = 4
+_BOLD_DISTANCE = 48  # steps from one bolder choice to the next, at first
 _WINDOW_DISTANCE = 100  # steps from one window to the next, at least
 _EXPLORE_TOGETHER = 8  # requests that share a step, and a draft pass, of exploration
 _MOST_PROBED = 8  # drafts of one request in an exploration
@@ -35,6 +39,8 @@ class Trials:
         self._next_window = _WINDOW_DISTANCE
         self._window_left = 0
         self._window_unread = 0
+        # By the size of the batch, in powers of two: the step of the next bolder choice, and how long after.
+        self._bolder: dict[int, tuple[int, int]] = {}
 
     def earn(self, seconds: float) -> None:
         """Device time has passed."""
@@ -74,6 +80,25 @@ class Trials:
         """True while a window is due and cannot be paid yet."""
         return gain > 1.0 and step >= self._next_window
 
+    # ------------------------------------------------------------------ bolder choices
+
+    def may_be_bold(self, step: int, batch: int) -> bool:
+        """True if it is time to try more drafts than seem to pay."""
+        return step >= self._bolder.get(batch.bit_length(), (_BOLD_DISTANCE, 0))[0]
+
+    def be_bold(self, step: int, batch: int, cost: float) -> bool:
+        """Pay for it. Each time it takes twice as long to the next one."""
+        if not self._pay(cost):
+            return False
+        _, distance = self._bolder.get(batch.bit_length(), (0, _BOLD_DISTANCE))
+        self._bolder[batch.bit_length()] = (step + distance, 2 * distance)
+        self._report.num_bold += 1
+        return True
+
+    def boldness_paid(self, step: int, batch: int) -> None:
+        """The bolder choice was the better one: try the next soon."""
+        self._bolder[batch.bit_length()] = (step + _BOLD_DISTANCE, 2 * _BOLD_DISTANCE)
+
     # ------------------------------------------------------------------ exploration
 
     def explore(
@@ -96,11 +121,17 @@ class Trials:
         ]
         if not idle:
             return
-        chosen = [index for since, index in idle if since < 0]  # those whose last draft was right
+        # Those whose last draft was right, the latest at the end.
+        chosen = [index for _, index in sorted((-since, index) for since, index in idle if since < 0)]
         if not chosen:
             chosen = [index for _, index in heapq.nsmallest(_EXPLORE_TOGETHER, idle)]
         drafts = {index: states[index].probe for index in chosen}
         cost = cost_of(drafts)
+        if len(chosen) > _EXPLORE_TOGETHER and cost > self._seconds:
+            # They show the same together as one after the other, and all learn from it.
+            chosen = chosen[:_EXPLORE_TOGETHER]
+            drafts = dict.fromkeys(chosen, 1)
+            cost = cost_of(drafts)
         if not self._pay(cost):
             # Not before the allowance can have grown that far: half of that, as times vary.
             per_step = ALLOWANCE * cost_of({})

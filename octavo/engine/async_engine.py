@@ -161,6 +161,12 @@ class AsyncLLM:
         """False once the engine has stopped, whatever the reason."""
         return self._engine_thread.dead is None
 
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.shutdown)  # may wait for the end of a step
+
     def shutdown(self) -> None:
         """Stop the engine and free its memory; open requests get an EngineDeadError. May be called twice."""
         self._engine_thread.shutdown()

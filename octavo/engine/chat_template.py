@@ -192,6 +192,8 @@ def _read_messages(messages: Sequence[Message], wants_parts: bool) -> list[dict[
         plain = _plain(message, where)
         if not isinstance(plain, dict) or not isinstance(plain.get("role"), str):
             raise RequestError(f'{where} must be a dict with a "role" that is a string', where)
+        if plain.keys() <= {"role"}:
+            raise RequestError(f"{where} has no content", where + ".content")
         plain = {key: value for key, value in plain.items() if value is not None}
         if "content" in plain:
             plain["content"] = _read_content(plain["content"], where + ".content", wants_parts)

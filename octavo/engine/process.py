@@ -37,6 +37,7 @@ from octavo.engine.outbox import Outbox, Recipient
 from octavo.errors import OctavoError
 from octavo.outputs import RequestOutput
 from octavo.platform import prepare_environment
+from octavo.platform.head_start import head_start
 from octavo.platform.process import die_with_parent, name_process
 from octavo.sampling_params import SamplingParams
 
@@ -85,7 +86,8 @@ class EngineProcess:
         model = hub.resolve(args.model, trust_remote_code=args.trust_remote_code)
         tokenizer = model if args.tokenizer is None else hub.resolve_tokenizer(args.tokenizer)
         self.outbox.post(wire.Found(str(model), str(tokenizer)))
-        from octavo.engine.setup import build_engine
+        with head_start():
+            from octavo.engine.setup import build_engine
 
         parts = build_engine(args, progress=lambda stage, part: self.outbox.post(wire.Loading(stage, part)))
         if (reason := measure_energy(parts)) is not None:

@@ -156,6 +156,8 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     tell("planning memory", None)
     # The tokenizer takes as long as the weights, and needs no torch: both at the same time.
     tokenizer = _InThread(lambda: _load_tokenizer(config))
+    # So does a GPU's context, and what is imported next does not need it yet.
+    context = _InThread(platform.gpu_memory) if config.platform.device == "cuda" else None
     from octavo.worker.build import (
         build_runner,
         choose_kernels,
@@ -166,6 +168,8 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     from octavo.worker.gpu_build import explained_out_of_memory
 
     kernels = choose_kernels(config)
+    if context is not None:
+        context.result()
     memory = plan_worker(config, kernels)
     if logger.hasHandlers():
         for line in memory.describe().splitlines():
@@ -183,18 +187,50 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     eos = config.model.eos_token_ids
     if found is not None and found.eos_token_id is not None and found.eos_token_id not in eos:
         eos += (found.eos_token_id,)
-    synthetic = config.speculative is not None and bool(config.speculative.synthetic_acceptance_rates)
-    info = EngineInfo(
+    info = _engine_info(config, memory, eos)
+    cache = CacheConfig(args.block_size, memory.num_blocks, info.enable_prefix_caching)
+    grammar = GrammarCompiler(found, config.model.vocab_size, eos) if found is not None else None
+    planner = draft_kv = suffix = None
+    speculative = config.speculative
+    if speculative is not None:
+        planner = make_planner(config, speculative, runner, memory)
+        if config.draft is not None:
+            draft_kv = DraftKV(
+                memory.num_draft_blocks,
+                args.block_size,
+                draft_context(config, memory),
+                with_lookup=speculative.has_lookup,
+            )
+    executor = start_executor(runner, config.pipeline_depth)
+    if speculative is not None and speculative.history_tokens:
+        suffix = SuffixGuesser(make_history(speculative.history_tokens))
+    log = None if args.disable_log_stats else StatsLog(synthetic=info.synthetic_acceptance)
+    scheduler = Scheduler(_scheduler_config(config, memory), cache, planner, draft_kv)
+    engine = Engine(info, scheduler, executor, found, grammar, log, suffix)
+    notes = (*kernels.notes, *_speculation_notes(config, memory, info))
+    for note in notes:
+        logger.warning(note)
+    return EngineParts(engine, config, memory, notes, kernels.row_invariant)
+
+
+def _engine_info(config: EngineConfig, memory: MemoryPlan, eos: tuple[int, ...]) -> EngineInfo:
+    """What the engine must know of its model and its options."""
+    speculative = config.speculative
+    synthetic = speculative is not None and bool(speculative.synthetic_acceptance_rates)
+    return EngineInfo(
         vocab_size=config.model.vocab_size,
         max_model_len=memory.max_model_len,
         eos_token_ids=eos,
-        seed=args.seed,
-        enable_prefix_caching=args.enable_prefix_caching and not synthetic,
-        speculates=config.speculative is not None,
-        reads_predictions=config.speculative is None or config.speculative.reads_predictions,
+        seed=config.args.seed,
+        enable_prefix_caching=config.args.enable_prefix_caching and not synthetic,
+        speculates=speculative is not None,
+        reads_predictions=speculative is None or speculative.reads_predictions,
         synthetic_acceptance=synthetic,
     )
-    scheduler_config = SchedulerConfig(
+
+
+def _scheduler_config(config: EngineConfig, memory: MemoryPlan) -> SchedulerConfig:
+    return SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=memory.max_model_len,
@@ -205,41 +241,25 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
         # one block for each request that may run, at most a hundredth of all
         watermark_blocks=min(config.max_num_seqs, memory.num_blocks // 100),
     )
-    cache = CacheConfig(args.block_size, memory.num_blocks, info.enable_prefix_caching)
-    grammar = GrammarCompiler(found, config.model.vocab_size, eos) if found is not None else None
-    planner = draft_kv = None
-    speculative = config.speculative
-    if speculative is not None:
-        planner = make_planner(config, speculative, runner, memory)
-    if config.draft is not None and speculative is not None:
-        draft_kv = DraftKV(
-            memory.num_draft_blocks,
-            args.block_size,
-            draft_context(config, memory),
-            with_lookup=speculative.has_lookup,
-        )
-    executor = start_executor(runner, config.pipeline_depth)
-    suffix = None
-    if config.speculative is not None and config.speculative.history_tokens:
-        suffix = SuffixGuesser(make_history(config.speculative.history_tokens))
-    log = None if args.disable_log_stats else StatsLog(synthetic=synthetic)
-    scheduler = Scheduler(scheduler_config, cache, planner, draft_kv)
-    engine = Engine(info, scheduler, executor, found, grammar, log, suffix)
-    notes = kernels.notes
+
+
+def _speculation_notes(config: EngineConfig, memory: MemoryPlan, info: EngineInfo) -> list[str]:
+    """What a user of this drafter should know from the start."""
+    from octavo.worker.draft_build import draft_context
+
+    notes = []
     if config.draft is not None and draft_context(config, memory) < memory.max_model_len:
-        notes += (
+        notes.append(
             f"the draft model {config.draft.name} was made for {draft_context(config, memory):,} tokens and "
             f"the context is {memory.max_model_len:,}: a request that grows beyond that goes on without "
-            "drafts",
+            "drafts"
         )
-    if synthetic:
-        notes += (
+    if info.synthetic_acceptance:
+        notes.append(
             "synthetic_acceptance_rates are set: drafts are accepted by coins, the text means nothing, and "
-            "the prefix cache is off. For benchmarks only",
+            "the prefix cache is off. For benchmarks only"
         )
-    for note in notes:
-        logger.warning(note)
-    return EngineParts(engine, config, memory, notes, kernels.row_invariant)
+    return notes
 
 
 def _check_generation_defaults(defaults: Mapping[str, Any], model_path: Path) -> None:
@@ -332,7 +352,7 @@ class _InThread:
             except BaseException as error:  # raised again by result()
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="octavo-tokenizer", daemon=True)
+        self._thread = threading.Thread(target=run, name="octavo-loading", daemon=True)
         self._thread.start()
 
     def result(self) -> Any:

@@ -143,7 +143,13 @@ class SafetensorsFile:
         file_size = os.fstat(fd).st_size
         if file_size < 8:
             raise self._damaged(f"it has {file_size} bytes")
-        header_size = int.from_bytes(os.pread(fd, 8, 0), "little")
+        start_of_file = os.pread(fd, 8, 0)
+        if start_of_file == b"version ":  # a text of three lines, where Git LFS was not installed
+            raise CheckpointError(
+                f"{self.path} holds no weights but a pointer of Git LFS to them: run git lfs pull in its "
+                "folder, or download the file again"
+            )
+        header_size = int.from_bytes(start_of_file, "little")
         if header_size > min(_MOST_HEADER_BYTES, file_size - 8):
             raise self._damaged("its header does not fit into the file, which may be cut short")
         try:

@@ -241,7 +241,7 @@ def _normalise(fields: _Fields, generation: _Fields, model_path: str) -> ModelCo
     head_dim = fields.integer("head_dim", default_head_dim)
     if num_heads % num_kv_heads:
         raise fields.error(
-            "num_key_value_heads", f"={num_kv_heads} does not divide {num_heads} attention heads"
+            "num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_heads} attention heads"
         )
     num_layers = fields.integer("num_hidden_layers")
     max_position = fields.integer("max_position_embeddings", 2048)

@@ -45,15 +45,18 @@ class GpuOps:
         narrow_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
         few_rows: int = FEW_ROWS,
         one_tiling: bool = False,
+        runs_as_one: bool = False,
     ) -> None:
         """`narrow_dtypes`: in which dtypes up to `few_rows` rows take Octavo's own products.
 
         `one_tiling`: attention cuts chunks as it cuts decode rows, so that it does not matter how a
-        prompt was cut into chunks.
+        prompt was cut into chunks. `runs_as_one`: steps of one row of a small model run as one kernel,
+        whose bits differ from those of other steps.
         """
         self._narrow_dtypes = narrow_dtypes
         self._few_rows = few_rows
         self._one_tiling = one_tiling
+        self._runs_as_one = runs_as_one
         self._workspaces: list[products.Workspace] = []
         self.decoder: FusedDecoder | None = None  # the last one made, for measurements
 
@@ -128,6 +131,7 @@ class GpuOps:
             parts.rms_norm_eps,
             few_rows,
             self._one_tiling,
+            self._runs_as_one,
         )
         return self.decoder.forward
 

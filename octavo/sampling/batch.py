@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,10 @@ import torch
 from octavo.sampling.noise import signed_bits
 from octavo.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from octavo.sampling.device_rules import DeviceRules, RuleRows
+
 IntArray = npt.NDArray[np.int64]
-_SOME_POSITION = 1 << 40  # beyond any min_tokens: where nothing depends on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,6 @@ class SlotSampling:
     def has_penalties(self) -> bool:
         """True if the request's history changes its logits by a penalty."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-    @property
-    def reads_text(self) -> bool:
-        """True if what is banned or penalised depends on the tokens so far, or on their number."""
-        return self.has_penalties or bool(self.bad_words) or bool(self.min_tokens and self.stop_ids)
 
     @property
     def is_plain(self) -> bool:
@@ -207,6 +205,7 @@ class SamplingBatch:
     banned: BannedTokens | None = None
     logit_bias: LogitBias | None = None
     penalties: Penalties | None = None
+    rules: RuleRows | None = None  # the last four and `allowed`, where a device works them out itself
     num_logprobs: list[int] | None = None  # a row's number of top logprobs; -1: not asked for
     judged: JudgedRows | None = None  # with rejection sampling
 
@@ -226,14 +225,23 @@ class SamplingBatch:
         """True if a processor will write into the logits."""
         return any(
             part is not None
-            for part in (self.allowed, self.grammar, self.banned, self.logit_bias, self.penalties)
+            for part in (
+                self.allowed,
+                self.grammar,
+                self.banned,
+                self.logit_bias,
+                self.penalties,
+                self.rules,
+            )
         )
 
 
 class SamplingSlots:
     """Sampling settings of all slots, in columns. Slots that are free hold stale values."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, rules: DeviceRules | None = None) -> None:
+        """`rules`: a device keeps what changes logits; None: each step brings it, which reads positions."""
+        self._rules = rules
         self._temperature = np.zeros(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int32)
         self._top_p = np.ones(num_slots, dtype=np.float32)
@@ -257,8 +265,10 @@ class SamplingSlots:
         self._only_draws[slot] = sampling.is_plain and not filters and sampling.num_logprobs < 0
         if sampling.is_plain:
             self._special.pop(slot, None)
-        else:
-            self._special[slot] = sampling
+            return
+        self._special[slot] = sampling
+        if self._rules is not None:
+            self._rules.put(slot, sampling)
 
     def remove(self, slot: int) -> None:
         """The request of `slot` has left; what it alone needed is let go."""
@@ -279,9 +289,9 @@ class SamplingSlots:
     ) -> SamplingBatch:
         """The batch of one step.
 
-        row_slots: [rows] the slot of each row. positions: [rows] int64 on the CPU, where each row
-        draws, -1 for padding. tokens: [slots, max_len] int32, confirmed tokens and this step's
-        drafts. grammar: masks of the rows that have a grammar.
+        row_slots: [rows] the slot of each row. positions: [rows] int64, where each row draws, -1 for
+        padding; on the CPU, or where the device keeps the rules. tokens: [slots, max_len] int32,
+        confirmed tokens and this step's drafts. grammar: masks of the rows that have a grammar.
         """
         temperature = self._temperature[row_slots]
         batch = SamplingBatch(
@@ -297,8 +307,11 @@ class SamplingSlots:
         num_logprobs = self._num_logprobs[row_slots]
         if (num_logprobs >= 0).any():
             batch.num_logprobs = num_logprobs.tolist()
-        if self._special and self._is_special[row_slots].any():
-            self._add_special_parts(batch, row_slots, tokens)
+        if self._special and (is_special := self._is_special[row_slots]).any():
+            if self._rules is None:
+                self._add_special_parts(batch, row_slots, tokens)
+            else:
+                batch.rules = self._rules.rows(row_slots, is_special, self._special, tokens)
         return batch
 
     def _add_special_parts(self, batch: SamplingBatch, row_slots: IntArray, tokens: torch.Tensor) -> None:
@@ -309,11 +322,8 @@ class SamplingSlots:
         banned_rows: list[int] = []
         banned_ids: list[int] = []
         slots = row_slots.tolist()
-        rows = np.flatnonzero(self._is_special[row_slots]).tolist()
-        # To read a GPU's positions means to wait for it; padding rows may well get a bias or a mask.
-        reads = batch.position.device.type == "cpu" or any(self._special[slots[r]].reads_text for r in rows)
-        positions = batch.position.tolist() if reads else [_SOME_POSITION] * len(slots)
-        for row in rows:
+        positions = batch.position.tolist()
+        for row in np.flatnonzero(self._is_special[row_slots]).tolist():
             slot, position = slots[row], positions[row]
             if position < 0:
                 continue

@@ -9,14 +9,30 @@ from __future__ import annotations
 
 import torch
 
-from octavo.kernels.triton import sample, top
-from octavo.sampling.batch import SamplingBatch
+from octavo.kernels.triton import rules, sample, top
+from octavo.sampling.batch import Bitmask, SamplingBatch
 from octavo.sampling.noise import Stream
+from octavo.sampling.processors import apply_processors
 from octavo.sampling.sampler import LogprobTensors
 
 
 class GpuDraw:
-    """`DrawKernels` over octavo.kernels.triton.sample and top."""
+    """`DrawKernels` over octavo.kernels.triton.sample and top, `ProcessKernels` over rules."""
+
+    def process(self, logits: torch.Tensor, batch: SamplingBatch) -> None:
+        """See ProcessKernels. What a step brings from the host is torch's work, but for masks."""
+        apply_processors(logits, batch, self._mask)
+        if batch.rules is not None:
+            batch.rules.apply(logits, batch.position.to(logits.device, non_blocking=True))
+
+    def _mask(self, logits: torch.Tensor, mask: Bitmask) -> None:
+        words = mask.words.to(torch.int32).contiguous()
+        entries = torch.stack((mask.rows, torch.arange(len(mask.rows))), dim=1).to(torch.int32)
+        if logits.device.type != "cpu":
+            entries, words = (
+                tensor.pin_memory().to(logits.device, non_blocking=True) for tensor in (entries, words)
+            )
+        rules.mask_rows(logits, entries, words)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See DrawKernels."""

@@ -127,7 +127,7 @@ class Sampler:
             asking = [row for row, num_top in enumerate(batch.num_logprobs) if num_top >= 0]
         raw = logits
         if asking and (batch.changes_logits or len(asking) < len(logits)):
-            raw = logits[asking]  # a copy of the rows that asked
+            raw = _rows_of(logits, asking)  # a copy
 
         if batch.changes_logits:
             self._process(logits, batch)
@@ -137,19 +137,24 @@ class Sampler:
         if batch.num_logprobs is None or not asking:
             return Drawn(tokens, None)
         num_top = [batch.num_logprobs[row] for row in asking]
-        chosen = tokens if len(asking) == len(logits) else tokens[asking]
+        chosen = tokens if len(asking) == len(logits) else _rows_of(tokens, asking)
         tensors = self._kernels.logprobs(raw, chosen, max(num_top))
         return Drawn(tokens, AskedLogprobs(tensors, asking, num_top, len(logits)))
 
-    def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, num_top: list[int]) -> list[TokenLogprobs]:
+    def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> LogprobTensors:
         """Log-probabilities of given tokens under given raw logits, as prompt_logprobs wants them too.
 
         logits: [rows, vocab_size] float32, left alone. tokens: [rows] int64 (NO_TOKEN gives a
-        logprob of -inf and rank 0). num_top: how many of the most probable tokens each row wants.
+        logprob of -inf and rank 0). num_top: how many of the most probable tokens there are with each.
         """
-        if not num_top:
-            return []
-        return token_logprobs(self._kernels.logprobs(logits, tokens, max(num_top)), num_top)
+        return self._kernels.logprobs(logits, tokens, num_top)
+
+
+def _rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows, copied, without waiting for the device; a list as an index waits."""
+    if tensor.device.type == "cpu":
+        return tensor[rows]
+    return tensor[torch.tensor(rows).pin_memory().to(tensor.device, non_blocking=True)]
 
 
 def token_logprobs(tensors: LogprobTensors, num_top: list[int]) -> list[TokenLogprobs]:

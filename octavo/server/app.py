@@ -29,19 +29,29 @@ from octavo.server.streaming import ClientGone, json_response
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it but the access log
 
-# Known routes of other servers, which answer with what is missing rather than "no such URL".
+# Known routes of other servers: what is missing, and what to do instead, rather than "no such URL".
 _NOT_HERE = {
-    "/v1/embeddings": "embeddings",
-    "/v1/rerank": "reranking",
-    "/rerank": "reranking",
-    "/v2/rerank": "reranking",
-    "/v1/score": "scoring",
-    "/score": "scoring",
-    "/v1/load_lora_adapter": "LoRA",
-    "/v1/unload_lora_adapter": "LoRA",
-    "/v1/audio/transcriptions": "audio",
-    "/v1/audio/translations": "audio",
-}
+    ("/v1/embeddings", "/embeddings", "/pooling"): ("making embeddings", ""),
+    ("/classify",): ("classification", ""),
+    ("/v1/rerank", "/v2/rerank", "/rerank"): ("reranking", ""),
+    ("/v1/score", "/score"): ("scoring", ""),
+    ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"): ("LoRA", ""),
+    ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech"): ("audio", ""),
+    ("/v1/images/generations", "/v1/images/edits"): ("making images", ""),
+    ("/v1/moderations",): ("moderation", ""),
+    ("/v1/batches", "/v1/files"): ("the batch interface", "octavo batch openai answers such a file offline"),
+    ("/v1/fine_tuning/jobs",): ("training", ""),
+    ("/v1/assistants", "/v1/threads"): ("the assistants interface", "use /v1/chat/completions"),
+    ("/v1/responses/{name}", "/v1/conversations"): ("keeping responses", "send the conversation each time"),
+    ("/v1/messages", "/v1/messages/count_tokens"): ("Anthropic's interface", "use /v1/chat/completions"),
+    ("/api/chat", "/api/generate"): ("Ollama's interface", "use /v1/chat/completions or /v1/completions"),
+    ("/generate", "/completion", "/invocations"): ("this interface", "use /v1/completions"),
+    ("/sleep", "/wake_up", "/is_sleeping"): ("putting the engine to sleep", "end the server instead"),
+    ("/reset_prefix_cache",): ("emptying the prefix cache", "cache_salt in a request leaves it unused"),
+    ("/start_profile", "/stop_profile", "/collective_rpc"): ("profiling over HTTP", "see /metrics"),
+    ("/ping",): ("this probe", "use /health"),
+    ("/load", "/server_info"): ("this page", "see /metrics and /version"),
+}  # fmt: skip
 
 
 def _state(request: Request) -> ServerState:
@@ -66,8 +76,9 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_exception_handler(ClientGone, _nobody_is_left)
     _add_generation(app)
     _add_models(app)
-    for path, feature in _NOT_HERE.items():
-        _add_missing(app, path, feature)
+    for paths, (feature, instead) in _NOT_HERE.items():
+        for path in paths:
+            _add_missing(app, path, feature, instead)
     describe(app)
     return app
 
@@ -118,10 +129,10 @@ def _add_models(app: FastAPI) -> None:
         return {"version": __version__}
 
 
-def _add_missing(app: FastAPI, path: str, feature: str) -> None:
-    @app.post(path, include_in_schema=False)
+def _add_missing(app: FastAPI, path: str, feature: str, instead: str) -> None:
+    @app.api_route(path, methods=["GET", "POST"], include_in_schema=False)
     async def missing() -> Response:
-        raise NotInThisVersionError(feature)
+        raise NotInThisVersionError(feature, instead)
 
 
 async def _nobody_is_left(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -81,7 +83,8 @@ def http_error(error: BaseException) -> HttpError:
     if isinstance(error, ModelUnknownError):
         return HttpError(404, "invalid_request_error", message, "model", "model_not_found")
     if isinstance(error, NotInThisVersionError):
-        return HttpError(501, "not_implemented_error", message, None, "not_implemented")
+        never = {"x-should-retry": "false"}  # OpenAI's clients would try again after any 5xx
+        return HttpError(501, "not_implemented_error", message, None, "not_implemented", never)
     if isinstance(error, BusyError):
         later = {"Retry-After": str(error.retry_after)}
         if isinstance(error, QueueFullError):
@@ -104,13 +107,31 @@ def http_error(error: BaseException) -> HttpError:
 
 def _of_http_exception(error: HTTPException) -> HttpError:
     headers = dict(error.headers or {})
-    if error.status_code == 404:
-        return HttpError(404, "invalid_request_error", "there is no such URL", None, "unknown_url", headers)
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return HttpError(400, "invalid_request_error", "the body is not JSON: it is not UTF-8 text")
+    if isinstance(error.__cause__, RecursionError):
+        return HttpError(
+            400, "invalid_request_error", "the body is not JSON that can be read: it nests too deep"
+        )
     if error.status_code == 405:
         message = "this URL does not take that method"
         return HttpError(405, "invalid_request_error", message, None, "method_not_allowed", headers)
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     return HttpError(error.status_code, kind, str(error.detail), None, None, headers)
+
+
+def _unknown_url(request: Request, app: FastAPI) -> HttpError:
+    """A path that no route has, with the one that was probably meant."""
+    path = request.scope["path"]
+    routes = sorted(
+        {route.path for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema}
+    )
+    near = [f"/v1{path}"] if f"/v1{path}" in routes else difflib.get_close_matches(path, routes, n=1)
+    hint = f"did you mean {near[0]}?" if near else "GET /docs lists what there is"
+    shown = _printable(path, _MAX_INPUT_SHOWN)
+    return HttpError(
+        404, "invalid_request_error", f"there is no such URL: {shown}; {hint}", None, "unknown_url"
+    )
 
 
 def _of_validation(error: RequestValidationError) -> HttpError:
@@ -162,6 +183,8 @@ def install_handlers(app: FastAPI) -> None:
     """
 
     async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            return _unknown_url(request, app).response()
         return http_error(error).response()
 
     for kind in (OctavoError, HTTPException, RequestValidationError, Exception):

@@ -20,6 +20,9 @@ from octavo.config import parse_size
 from octavo.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# The formats of octavo.server.answer.tool_formats, which is not imported here: options are checked early.
+TOOL_PARSERS = ("auto", "mistral", "hermes", "llama3_json", "qwen", "llama3", "llama")
+REASONING_PARSERS = ("auto", "think", "none")
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _METRIC_PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*\Z")
 
@@ -66,8 +69,15 @@ class ServeSettings:
     engine_timeout: float = _option(600.0, "longest step: an engine that says nothing for this long is ended")
     drain_timeout: float = _option(30.0, "how long open requests may go on after SIGTERM")
     # shapes
-    tool_parser: str = _option("auto", "how the model writes tool calls; auto: found from its chat template")
-    reasoning_parser: str = _option("auto", "how the model marks its reasoning; auto, or none")
+    tool_parser: str = _option(
+        "auto", "how the model writes tool calls; auto: found from its chat template", choices=TOOL_PARSERS
+    )
+    reasoning_parser: str = _option(
+        "auto",
+        "think: reasoning stands in <think> tags; auto: if the chat template or the vocabulary has them; "
+        "none: leave the text as it is",
+        choices=REASONING_PARSERS,
+    )
     root_path: str = _option("", "path prefix that a proxy strips")
     # who may ask
     cors_origin: tuple[str, ...] = _option((), "web origin that may ask from a browser; may be repeated; *")

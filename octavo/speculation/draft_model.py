@@ -58,8 +58,11 @@ class DraftModel:
         vocab_size: int,
         target_vocab_size: int,
         distributions: DraftDistributions | None = None,
+        catch_up_rows: int = 256,
     ) -> None:
-        self._network = network
+        """`catch_up_rows`: of a pass, at most."""
+        self.catch_up_rows = catch_up_rows
+        self.network = network
         self._kv_caches = kv_caches
         self._passes = passes
         self._tables = tables
@@ -112,10 +115,14 @@ class DraftModel:
             self._run(inputs)
 
     def time_rows(self, num_rows: int) -> float:
-        """Seconds of a pass with so many rows that read no KV. Waits for the device."""
-        device = self._network.device
+        """Seconds of a pass with so many rows that read no KV. Waits for the device.
+
+        A row a request, or two, as in drafting; more rows than that are those of one that catches up.
+        """
+        device = self.network.device
         ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        metadata = AttentionMetadata.of_padding(num_rows, 1, device)  # a row a request, as in drafting
+        catches_up = num_rows > 2 * len(self._tables.tokens)
+        metadata = AttentionMetadata.of_padding(num_rows, num_rows if catches_up else 1, device)
         # A GPU gets some passes at once, so that it never waits for the host's launches.
         repeats = 1 if device.type == "cpu" else 4
         context = ForwardContext(metadata, self._kv_caches)
@@ -124,8 +131,9 @@ class DraftModel:
         started = time.perf_counter()
         with torch.inference_mode():
             for _ in range(repeats):
-                if not self._passes.time(num_rows):
-                    self._network.logits(self._network.forward(ids, metadata.positions, context))
+                if catches_up or not self._passes.time(num_rows):
+                    hidden = self.network.forward(ids, metadata.positions, context)
+                    self.network.logits(hidden[:1] if catches_up else hidden)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / repeats
@@ -150,12 +158,12 @@ class DraftModel:
         if self._vocab_size < self._target_vocab_size:  # a token of the text that the draft model lacks
             ids = ids.clamp(max=self._vocab_size - 1)
         context = ForwardContext(metadata, self._kv_caches)
-        hidden = self._network.forward(ids, metadata.positions, context)
+        hidden = self.network.forward(ids, metadata.positions, context)
         if not len(inputs.logits_slots):
             return None
         if len(inputs.logits_slots) < len(hidden):
             hidden = hidden[inputs.logits_rows]
-        return self._network.logits(hidden)
+        return self.network.logits(hidden)
 
     def _common_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, target vocabulary]: the draft model's may be padded to another size."""

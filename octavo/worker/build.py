@@ -34,13 +34,15 @@ from octavo.worker.cuda_graph import StepBuffers
 from octavo.worker.draft_build import attention_specs, build_draft_model, draft_memory
 from octavo.worker.executor import Executor, InlineExecutor, ThreadExecutor
 from octavo.worker.gpu_build import (
-    capture_graphs,
     check_deterministic,
     check_gpu_is_free,
+    gpu_graphs,
     gpu_kernels,
     gpu_lookup,
+    gpu_sampling,
     gpu_steps,
     gpu_workspace,
+    make_ready,
     spare_the_collector,
     why_not_triton,
 )
@@ -54,7 +56,6 @@ from octavo.worker.kv_cache import (
 )
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.step_math import StepMath, TorchStep
-from octavo.worker.warm_up import warm_up
 
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "torch")
 
@@ -178,6 +179,7 @@ def measure_step_costs(runner: ModelRunner, plan: MemoryPlan) -> tuple[list[tupl
     )  # fmt: skip
     if runner.state.device.type == "cuda":
         sizes += tuple((rows, 1) for rows in (96, 128, 192, 256, 320, 384, 512))
+        sizes = _twice(sizes)
     table = _time_passes(runner.time_rows, sizes)
     asked = plan.request
     bytes_per_second = asked.weights / table[0][1]
@@ -191,10 +193,21 @@ def measure_draft_costs(
     model, draft = runner.draft_model, plan.request.draft
     if model is None or draft is None:
         return None
-    sizes = ((1, 3), (2, 3), (4, 3), (8, 2), (16, 2), (32, 2), (64, 1), (128, 1), (256, 1))
+    sizes: tuple[tuple[int, int], ...] = (
+        (1, 3), (2, 3), (4, 3), (8, 2), (16, 2), (32, 2), (64, 1), (128, 1), (256, 1),
+    )  # fmt: skip
+    if runner.state.device.type == "cuda":
+        # whether drafts pay hangs on what it costs to catch up with a prompt
+        sizes += (512, 1), (1024, 1), (2048, 1), (4096, 1)
+        sizes = tuple(size for size in _twice(sizes) if size[0] <= model.catch_up_rows)
     table = _time_passes(model.time_rows, sizes)
     bytes_per_second = draft.weights / table[0][1]
     return table, draft.block_bytes / plan.request.block_size / bytes_per_second
+
+
+def _twice(sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Each size at least twice: a GPU's first pass of a size may still load a kernel."""
+    return tuple((rows, max(2, repeats)) for rows, repeats in sizes)
 
 
 def _time_passes(
@@ -240,9 +253,10 @@ def build_runner(
     acceptance = build_acceptance(config, state, distributions)
     graphs, whole_steps = None, None
     if buffers is not None and not config.args.enforce_eager:
-        graphs, whole_steps = capture_graphs(config, model, caches, steps, buffers, acceptance)
+        graphs, whole_steps = gpu_graphs(config, model, caches, steps, buffers, acceptance)
     proposer = build_proposer(config, state, steps)
-    sampler, sampling = Sampler(kernels.draw), SamplingSlots(state.num_slots)
+    sampler = Sampler(kernels.draw)
+    sampling = gpu_sampling(config, device) if kernels.steps is None else SamplingSlots(state.num_slots)
     draft_model = None
     if config.draft is not None:
         draft_model = build_draft_model(
@@ -262,10 +276,7 @@ def build_runner(
         sampling=sampling, draft_model=draft_model, whole_steps=whole_steps,
     )  # fmt: skip
     if kernels.steps is None:
-        warm_up(
-            runner, sampler, max_step_rows=config.max_num_batched_tokens, block_size=config.args.block_size,
-            num_blocks=plan.num_blocks, num_draft_blocks=plan.num_draft_blocks,
-        )  # fmt: skip
+        make_ready(config, runner, sampler, plan)
     return runner
 
 

@@ -67,9 +67,12 @@ class GraphSizes:
     def of(cls, sizes: Sequence[int]) -> GraphSizes:
         """These sizes for short steps, and fewer up to the same number of rows for those with a chunk."""
         short = tuple(sorted(sizes))
-        most = short[-1]
+        return cls(short, ()).with_chunks(short[-1])
+
+    def with_chunks(self, most: int) -> GraphSizes:
+        """The same, and chunks in steps of up to `most` rows."""
         chunks = {size for size in (*_CHUNK_SIZES, most) if SHORT_ROWS < size <= most}
-        return cls(short, tuple(sorted(chunks)))
+        return GraphSizes(self.short, tuple(sorted(chunks.union(self.chunks))), self.shared)
 
     def padded(self, num_tokens: int, longest: int = 1, shares: bool = False) -> int | None:
         """Rows that a step is padded to whose longest request has `longest`; None: no graph is that large."""
@@ -259,8 +262,27 @@ class CudaGraphs:
         """Graphs not yet captured, the largest first."""
         return [key for key in self.keys if key not in self._graphs]
 
+    def rehearse(self, key: GraphKey) -> None:
+        """Launch one graph's kernels outside of it."""
+        self._run_once(self._work_of(key))
+
     def capture(self, key: GraphKey) -> None:
         """Capture one graph. Kernels are compiled and buffers made by a first run outside of it."""
+        work = self._work_of(key)
+        self._run_once(work)
+        # torch.cuda.graph would wait for the device and give cached memory back, for each graph anew.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool)
+            try:
+                hidden, logits = work()
+            finally:
+                graph.capture_end()
+        # All graphs' logits may lie in the same memory of the pool: this one's owner is the graph.
+        self._graphs[key] = _Captured(graph, hidden, None if logits is None else _same_memory(logits))
+
+    def _work_of(self, key: GraphKey) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+        """What a graph holds, of a step in which no request has a row."""
         rows, has_chunk, shares = key
         longest = rows if has_chunk else min(rows, SHORT_ROWS)
         metadata = self.buffers.metadata(rows, rows, longest, self._max_seq_len, shares)
@@ -277,20 +299,13 @@ class CudaGraphs:
 
         if tail is not None:
             tail.empty_step()
+        return work
+
+    def _run_once(self, work: Callable[[], object]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), self._rehearsal():
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
-        # torch.cuda.graph would wait for the device and give cached memory back, for each graph anew.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(self._pool)
-            try:
-                hidden, logits = work()
-            finally:
-                graph.capture_end()
-        # All graphs' logits may lie in the same memory of the pool: this one's owner is the graph.
-        self._graphs[key] = _Captured(graph, hidden, None if logits is None else _same_memory(logits))
 
     def capture_all(self) -> None:
         """Every graph that is missing."""
@@ -302,9 +317,7 @@ class CudaGraphs:
 
         Raises KeyError if the step's size was not captured.
         """
-        shares = step.shared is not None
-        rows = self.sizes.padded(step.num_tokens, step.max_query_len, shares)
-        key = GraphKey(rows or 0, step.max_query_len > SHORT_ROWS, shares)
+        key = self._key_of(step)
         if key not in self._graphs:
             raise KeyError(f"no graph for a step of {step.num_tokens} rows")
         graph, hidden, logits = self._graphs[key]
@@ -318,9 +331,13 @@ class CudaGraphs:
 
     def replays(self, step: AttentionMetadata) -> bool:
         """True if `replay` has a graph for this step."""
-        rows = self.sizes.padded(step.num_tokens, step.max_query_len)
-        found = self._graphs.get(GraphKey(rows or 0, step.max_query_len > SHORT_ROWS))
+        found = self._graphs.get(self._key_of(step))
         return found is not None and found.logits is None
+
+    def _key_of(self, step: AttentionMetadata) -> GraphKey:
+        shares = step.shared is not None
+        rows = self.sizes.padded(step.num_tokens, step.max_query_len, shares)
+        return GraphKey(rows or 0, step.max_query_len > SHORT_ROWS, shares)
 
     def has(self, key: GraphKey) -> bool:
         """True if it is captured."""

@@ -114,4 +114,5 @@ def build_draft_model(
         vocab_size=draft.model.vocab_size,
         target_vocab_size=config.model.vocab_size,
         distributions=distributions,
+        catch_up_rows=catch_up_rows(config),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,22 +23,27 @@ from octavo.layers.ops import Kernels
 from octavo.models.decoder import CausalLM
 from octavo.platform import gpu_memory
 from octavo.sampling.batch import SamplingSlots
-from octavo.sampling.sampler import DrawKernels
+from octavo.sampling.sampler import DrawKernels, Sampler
 from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance
 from octavo.speculation.lookup import MIN_MATCH
 from octavo.speculation.proposer import Proposer
 from octavo.worker.cuda_graph import CudaGraphs, Forward, GraphSizes, StepBuffers
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
+from octavo.worker.kv_cache import MemoryPlan
 from octavo.worker.prefix_groups import PrefixGroups
 from octavo.worker.step_math import StepMath
+from octavo.worker.warm_up import warm_up
 
-if TYPE_CHECKING:  # they import Triton
+if TYPE_CHECKING:
+    # they import Triton
     from octavo.kernels.triton.step import SlotDraws
     from octavo.worker.gpu_draft_passes import GpuDraftPasses
+    from octavo.worker.model_runner import ModelRunner
     from octavo.worker.whole_step import WholeSteps
 
 GRAPH_ROWS = 512  # steps of more rows hide their launches behind matrices
 DETERMINISTIC_ROWS = 128  # up to so many rows one family of kernels computes every row alike
+RUNS_AS_ONE = False  # steps of one row of a small model as one kernel: see kernels/triton/persistent.py
 LEAST_CAPABILITY = (8, 0)  # of the matrix units that the kernels are written for
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -75,7 +80,7 @@ def gpu_kernels(config: EngineConfig) -> GpuKernels:
     from octavo.sampling.gpu_draw import GpuDraw
 
     if not config.args.deterministic:
-        return GpuKernels(GpuOps(), TritonBackend(), GpuDraw())
+        return GpuKernels(GpuOps(runs_as_one=RUNS_AS_ONE), TritonBackend(), GpuDraw())
     if config.dtype == "float16":
         raise ConfigError(
             "deterministic=True on a GPU computes in bfloat16 or float32, not in float16: set dtype"
@@ -179,6 +184,15 @@ def gpu_steps(config: EngineConfig, state: DeviceState) -> tuple[StepMath, StepB
     return GpuStep(state, buffers, graph_sizes_of(config), prefixes), buffers
 
 
+def gpu_sampling(config: EngineConfig, device: torch.device) -> SamplingSlots:
+    """Sampling settings of all slots; what changes logits lies on the device."""
+    from octavo.sampling.device_rules import DeviceRules
+
+    return SamplingSlots(
+        config.max_num_seqs, DeviceRules(config.max_num_seqs, config.model.vocab_size, device)
+    )
+
+
 def gpu_lookup(state: DeviceState, *, prompt: bool, min_match: int = MIN_MATCH) -> Proposer:
     """Drafts from the text itself, made on the device."""
     from octavo.kernels.triton.step import SlotTables
@@ -191,30 +205,62 @@ def gpu_lookup(state: DeviceState, *, prompt: bool, min_match: int = MIN_MATCH) 
     return GpuLookup(tables, prompt=prompt, min_match=min_match)
 
 
-def capture_graphs(
+def gpu_graphs(
     config: EngineConfig,
     model: CausalLM,
     kv_caches: list[torch.Tensor],
     steps: StepMath,
     buffers: StepBuffers,
     acceptance: Acceptance | None,
-    share: tuple[int, int] = (0, 1),
 ) -> tuple[CudaGraphs, WholeSteps]:
-    """All graphs of the target's steps; with share (i, n) the i-th of n parts of them."""
+    """The graphs of the target's steps, to be captured."""
     from octavo.worker.gpu_step import GpuStep
     from octavo.worker.whole_step import WholeSteps
 
     assert isinstance(steps, GpuStep)
     synthetic = acceptance if isinstance(acceptance, SyntheticAcceptance) else None
-    sizes = graph_sizes_of(config)
     whole = WholeSteps(steps, buffers, model, whole_step_rows(config), synthetic)
-    graphs = CudaGraphs(
-        _forward_of(model, kv_caches), sizes, buffers, model.max_model_len, whole, _rehearsal_of(model)
-    )
-    with torch.inference_mode():
-        for key in graphs.missing[share[0] :: share[1]]:
-            graphs.capture(key)
+    forward, rehearsal = _forward_of(model, kv_caches), _rehearsal_of(model)
+    graphs = CudaGraphs(forward, graph_sizes_of(config), buffers, model.max_model_len, whole, rehearsal)
     return graphs, whole
+
+
+def make_ready(config: EngineConfig, runner: ModelRunner, sampler: Sampler, plan: MemoryPlan) -> None:
+    """Compile what is missing, capture all graphs, and launch once what lies in none."""
+    from octavo.worker.compile_ahead import compile_what_is_missing
+
+    graphs = [] if runner.graphs is None else [runner.graphs]
+    models = [runner.model]
+    network = None if runner.draft_model is None else runner.draft_model.network
+    if isinstance(network, GraphedNetwork):
+        graphs.append(network.graphs)
+        models.append(network.model)
+    elif isinstance(network, CausalLM):
+        models.append(network)
+
+    def launch_the_rest(reads: bool) -> None:
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(_rehearsal_of(model)())
+            warm_up(
+                runner, sampler, max_step_rows=config.max_num_batched_tokens,
+                block_size=config.args.block_size, num_blocks=plan.num_blocks,
+                num_draft_blocks=plan.num_draft_blocks, reads=reads,
+            )  # fmt: skip
+
+    def launch_all() -> None:
+        for each in graphs:
+            for key in each.keys:
+                each.rehearse(key)
+        launch_the_rest(reads=False)
+        if runner.whole_steps is not None:
+            runner.whole_steps.start_over()
+
+    with torch.inference_mode():
+        compile_what_is_missing(config, launch_all)
+        for each in graphs:
+            each.capture_all()
+    launch_the_rest(reads=True)
 
 
 def whole_step_rows(config: EngineConfig) -> int:
@@ -247,19 +293,19 @@ class GraphedNetwork:
 
     def __init__(self, model: CausalLM, graphs: CudaGraphs) -> None:
         self.device = model.device
-        self._model = model
-        self._graphs = graphs
+        self.model = model
+        self.graphs = graphs
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """[num_tokens, hidden], valid until the next pass"""
         step = ctx.attention
-        if self._graphs.replays(step):
-            return self._graphs.replay(input_ids, step)
-        return self._model.forward(input_ids, positions, ctx)
+        if self.graphs.replays(step):
+            return self.graphs.replay(input_ids, step)
+        return self.model.forward(input_ids, positions, ctx)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab_size] float32"""
-        return self._model.logits(hidden)
+        return self.model.logits(hidden)
 
 
 def gpu_draft_model(
@@ -271,7 +317,7 @@ def gpu_draft_model(
     draws: SlotDraws,
     records: bool,
 ) -> tuple[GraphedNetwork | CausalLM, GpuDraftPasses]:
-    """A loaded draft model with its passes, and with graphs unless the user wants none.
+    """A loaded draft model with its passes, and with graphs to be captured unless the user wants none.
 
     `records`: what drafts are drawn from is recorded.
     """
@@ -279,7 +325,10 @@ def gpu_draft_model(
     from octavo.worker.whole_pass import WholePasses
 
     rows = 2 * config.max_num_seqs
-    sizes = None if config.args.enforce_eager else GraphSizes.up_to(min(GRAPH_ROWS, rows))
+    sizes = None
+    if not config.args.enforce_eager:  # however few draft, each has its prompt to catch up
+        catch_up = min(GRAPH_ROWS, config.max_num_batched_tokens)
+        sizes = GraphSizes.up_to(min(GRAPH_ROWS, rows)).with_chunks(catch_up)
     passes = GpuDraftPasses(state, sizes, max_rows=rows + max(GRAPH_ROWS, config.max_num_batched_tokens))
     if sizes is None:
         return model, passes
@@ -289,8 +338,6 @@ def gpu_draft_model(
     graphs = CudaGraphs(
         _forward_of(model, kv_caches), sizes, passes.buffers, model.max_model_len, whole, _rehearsal_of(model)
     )
-    with torch.inference_mode():
-        graphs.capture_all()
     if whole is not None:
         whole.graphs = graphs
         passes.use_graphs(whole, sampling, records)
@@ -316,8 +363,11 @@ def gpu_workspace(config: EngineConfig, longest: int) -> int:
     earlier = min(65_536, config.max_num_seqs * longest)  # octavo/kernels/triton/prompt.py: gathered
     gathered = earlier * 2 * model.num_kv_heads * model.head_dim * itemsize
     rotary = 2 * longest * (model.head_dim // 2) * 4
+    # octavo/sampling/device_rules.py: counters of penalties, masks of allowed tokens
+    rules = 64 * model.vocab_size * 4 + config.max_num_seqs * model.vocab_size // 8
     return (
         CONTEXT
+        + rules
         + (rows + graphed) * a_row
         + results
         + logits

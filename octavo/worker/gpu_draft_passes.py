@@ -146,7 +146,7 @@ class GpuDraftPasses:
         padded_rows, padded_reqs = num_rows, entries
         if padded is not None:
             padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
-        own = torch.empty(2 * (entries + num_logits), dtype=torch.int64, device=self._device)
+        own = torch.zeros(2 * (entries + num_logits), dtype=torch.int64, device=self._device)
         valid, makes = own[:entries], own[entries : 2 * entries]
         logits_rows, draw_positions = own[2 * entries :].view(2, num_logits)
         self._table = table

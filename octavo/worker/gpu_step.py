@@ -91,6 +91,7 @@ class GpuStep:
         self._num_sampled = 0
         self._width = 0
         self._described: tuple[SchedulerOutput, RowTable] | None = None
+        self._found: tuple[RowTable, tuple[int | None, bool]] | None = None  # the last answer of graph_of
         self.draws = kernels.SlotDraws.allocate(state.num_slots, state.device)
 
     def change_slots(self, out: SchedulerOutput) -> None:
@@ -161,7 +162,7 @@ class GpuStep:
             # The library's products are up to an eighth slower at odd sizes.
             padded_rows = min(-(-num_tokens // _ROWS_ROUND_UP) * _ROWS_ROUND_UP, len(buffers.input_ids))
             run_rows = padded_rows
-        own = torch.empty(num_reqs + 2 * num_logits, dtype=torch.int64, device=state.device)
+        own = torch.zeros(num_reqs + 2 * num_logits, dtype=torch.int64, device=state.device)
         num_valid, logits = own[:num_reqs], own[num_reqs:]
         logits_rows, draw_positions = logits[:num_logits], logits[num_logits:]
         kernels.prepare(
@@ -191,6 +192,11 @@ class GpuStep:
 
     def graph_of(self, rows: RowTable) -> tuple[int | None, bool]:
         """(rows that the step is padded to, None without a graph; whether its requests share prefixes)."""
+        if self._found is None or self._found[0] is not rows:
+            self._found = rows, self._find_graph(rows)
+        return self._found[1]
+
+    def _find_graph(self, rows: RowTable) -> tuple[int | None, bool]:
         if self._sizes is None:
             return None, False
         sharing = self._sizes.padded(rows.num_tokens, rows.longest, True)

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 
 from octavo.attention.backend import AttentionMetadata, ForwardContext
-from octavo.core.messages import NewSlot, PromptLogprobs, RowKind, SchedulerOutput, TokenLogprobs
+from octavo.core.messages import NewSlot, RowKind, SchedulerOutput
 from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import Bitmask, SamplingBatch, SamplingSlots, compile_params
-from octavo.sampling.sampler import AskedLogprobs, Drawn, Sampler
+from octavo.sampling.sampler import AskedLogprobs, Drawn, LogprobTensors, Sampler
 from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance, VerifyRows
 from octavo.speculation.continued import ContinuedProposer
 from octavo.speculation.draft_model import DraftModel
@@ -28,7 +28,7 @@ from octavo.speculation.proposer import Proposer
 from octavo.worker.cuda_graph import SHORT_ROWS, CudaGraphs
 from octavo.worker.device_time import Mark
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
-from octavo.worker.pending import PendingOutput, PendingPasses
+from octavo.worker.pending import PendingOutput, PendingPasses, PendingPrompt
 from octavo.worker.step_math import StepInputs, StepMath, Verdict
 
 if TYPE_CHECKING:  # it imports Triton
@@ -49,9 +49,18 @@ class _Launched:
     out: SchedulerOutput
     inputs: StepInputs
     logits: torch.Tensor | None  # [L, vocab_size] float32; None if nothing is sampled
-    prompt_logprobs: list[PromptLogprobs | None]
+    prompt_logprobs: dict[int, PendingPrompt]  # by place among the step's rows
     started: Mark
     verdict: Verdict | None = None  # the graph of the step ended with it
+
+
+@dataclass(slots=True)
+class _AskingPrompt:
+    """A request that wants its prompt's log-probabilities."""
+
+    num_prompt_tokens: int
+    num_top: int
+    num_computed: int  # rows of its chunks so far: the host knows what a chunk computes
 
 
 class ModelRunner:
@@ -78,13 +87,13 @@ class ModelRunner:
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._proposer = proposer
-        self._graphs = graphs
-        self._whole_steps = whole_steps
+        self.graphs = graphs
+        self.whole_steps = whole_steps
         self._acceptance = acceptance  # None: replay
         self.num_replayed = self.num_eager = 0  # forwards by graph, and without one
         self._sampling = sampling or SamplingSlots(state.num_slots)
         self.draft_model = draft_model  # drafts where the proposer, if there is one, found nothing
-        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, how many)
+        self._prompt_logprobs: dict[int, _AskingPrompt] = {}  # by slot
         self._launched: _Launched | None = None
         # Only grammars and traces want to know the drafts themselves.
         self._reads_drafts = False
@@ -105,19 +114,18 @@ class ModelRunner:
             if len(inputs.logits_rows):
                 all_rows = len(inputs.logits_rows) == len(hidden)
                 logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
-        asked = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
-        prompt_logprobs = [asked.get(index) for index in range(len(out.rows))]
+        prompt_logprobs = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
         verdict = None if whole is None else whole.verdict
         self._launched = _Launched(out, inputs, logits, prompt_logprobs, started, verdict)
 
     def _launch_whole(self, out: SchedulerOutput) -> WholeStep | None:
         """The step as one graph with its head, and with draw and verdict where those are plain."""
-        if self._whole_steps is None or self._graphs is None:
+        if self.whole_steps is None or self.graphs is None:
             return None
         acceptance, slots = self._acceptance, [rows.slot for rows in out.rows]
         by_comparison = acceptance is None or isinstance(acceptance, SyntheticAcceptance)
         only_draws = by_comparison and not out.needs_mask and self._sampling.only_draw(np.array(slots))
-        whole = self._whole_steps.launch(self._graphs, out, only_draws)
+        whole = self.whole_steps.launch(self.graphs, out, only_draws)
         self.num_replayed += whole is not None
         return whole
 
@@ -210,7 +218,7 @@ class ModelRunner:
         repeats = 1 if device.type == "cpu" else 4
         started = Mark(device)
         for _ in range(repeats):
-            whole, graphs = self._whole_steps, self._graphs
+            whole, graphs = self.whole_steps, self.graphs
             if whole is None or graphs is None or not whole.time(graphs, num_rows):
                 self.model.logits(self._forward(ids, metadata))
         ended = Mark(device)
@@ -219,8 +227,8 @@ class ModelRunner:
 
     def _forward(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """[num_tokens, hidden]; what a graph returns is valid until the next forward."""
-        graphs = self._graphs
-        if graphs is not None and graphs.sizes.padded(metadata.num_tokens, metadata.max_query_len):
+        graphs = self.graphs
+        if graphs is not None and graphs.replays(metadata):
             self.num_replayed += 1
             return graphs.replay(input_ids, metadata)
         self.num_eager += 1
@@ -255,28 +263,32 @@ class ModelRunner:
         if params.prompt_logprobs is None:
             self._prompt_logprobs.pop(new.slot, None)
         else:
-            self._prompt_logprobs[new.slot] = (new.num_prompt_tokens, params.prompt_logprobs)
+            self._prompt_logprobs[new.slot] = _AskingPrompt(
+                new.num_prompt_tokens, params.prompt_logprobs, new.num_computed_tokens
+            )
 
     def _compute_prompt_logprobs(
         self, out: SchedulerOutput, hidden: torch.Tensor
-    ) -> dict[int, PromptLogprobs]:
-        found: dict[int, PromptLogprobs] = {}
+    ) -> dict[int, PendingPrompt]:
+        found: dict[int, PendingPrompt] = {}
         end_row = 0
         for index, (slot, num_rows, kind, _) in enumerate(out.rows):
             first, end_row = end_row, end_row + num_rows
-            if kind is RowKind.VERIFY or slot not in self._prompt_logprobs:
+            asking = self._prompt_logprobs.get(slot)
+            if kind is RowKind.VERIFY or asking is None:
                 continue
-            num_prompt_tokens, num_top = self._prompt_logprobs[slot]
-            start = int(self.state.num_computed[slot]) + 1  # the prompt token after the first row
-            count = min(num_rows, num_prompt_tokens - start)
-            entries: list[TokenLogprobs] = []
+            start = asking.num_computed + 1  # the prompt token after the first row
+            asking.num_computed += num_rows
+            count = min(num_rows, asking.num_prompt_tokens - start)
+            slices: list[LogprobTensors] = []
             for begin in range(0, count, _HEAD_SLICE):
                 end = min(begin + _HEAD_SLICE, count)
                 logits = self.model.logits(hidden[first + begin : first + end])
                 targets = self.state.tokens[slot, start + begin : start + end].to(torch.int64)
-                entries += self._sampler.logprobs(logits, targets, [num_top] * (end - begin))
-            if count > 0:
-                found[index] = PromptLogprobs(start, entries)
+                slices.append(self._sampler.logprobs(logits, targets, asking.num_top))
+            if slices:
+                tensors = LogprobTensors(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
+                found[index] = PendingPrompt(start, tensors, asking.num_top)
         return found
 
 

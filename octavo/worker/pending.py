@@ -6,6 +6,7 @@ launches the next one, and `read` waits for this step alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from octavo.core.messages import (
     SchedulerOutput,
     TokenLogprobs,
 )
-from octavo.sampling.sampler import NO_TOKEN, AskedLogprobs, LogprobTensors
+from octavo.sampling.sampler import NO_TOKEN, AskedLogprobs, LogprobTensors, token_logprobs
 from octavo.worker.device_time import Mark, Readback
 from octavo.worker.step_math import Verdict
 
@@ -38,6 +39,19 @@ class PendingPasses(NamedTuple):
     from_model: torch.Tensor  # [slots] bool: these drafts are its own
 
 
+class PendingPrompt(NamedTuple):
+    """Log-probabilities of some tokens of a prompt, still where they were computed."""
+
+    start: int  # place of the first in the prompt
+    tensors: LogprobTensors
+    num_top: int
+
+    def read(self, tensors: Iterator[torch.Tensor]) -> PromptLogprobs:
+        """From the tensors as they are on the host, taken in order."""
+        found = LogprobTensors(*(next(tensors) for _ in LogprobTensors._fields))
+        return PromptLogprobs(self.start, token_logprobs(found, [self.num_top] * len(found.logprobs)))
+
+
 class PendingOutput:
     """One step on its way. `read` may be called once."""
 
@@ -49,7 +63,7 @@ class PendingOutput:
         drawn: Mark,  # the end of the target's part
         verdict: Verdict | None,  # None: nothing was sampled
         logprobs: AskedLogprobs | None,
-        prompt_logprobs: list[PromptLogprobs | None],
+        prompt_logprobs: Mapping[int, PendingPrompt],  # by place among the step's rows
         draft_counts: torch.Tensor | None,  # [slots] how many drafts were made; None: none were asked for
         drafts: torch.Tensor | None,  # [asked, MAX_DRAFTS], where the host wants to know them
         passes: PendingPasses | None = None,
@@ -68,6 +82,8 @@ class PendingOutput:
             tensors += (verdict.tokens, verdict.numbers)
         if logprobs is not None:
             tensors += logprobs.tensors
+        for prompt in prompt_logprobs.values():
+            tensors += prompt.tensors
         self._has_counts, self._has_drafts = draft_counts is not None, drafts is not None
         if draft_counts is not None:
             tensors.append(draft_counts)
@@ -94,7 +110,7 @@ class PendingOutput:
             num_accepted=[0] * count,
             finished=[Finish.NO] * count,
             logprobs=[None] * count,
-            prompt_logprobs=self._prompt_logprobs,
+            prompt_logprobs=[None] * count,
             target_seconds=self._started.seconds_until(self._drawn),
         )
         if self._has_verdict:
@@ -109,6 +125,8 @@ class PendingOutput:
                 found = LogprobTensors(*(next(tensors) for _ in LogprobTensors._fields))
                 logprobs = self._asked._replace(tensors=found).read()
             _fill(output, out, tokens.tolist(), numbers.tolist(), logprobs)
+        for index, prompt in self._prompt_logprobs.items():
+            output.prompt_logprobs[index] = prompt.read(tensors)
         if self._has_counts:
             counts = next(tensors)
             slots = [slot for slot, _ in out.propose]

@@ -8,6 +8,7 @@ around a step. These are real steps of made-up requests, which leave nothing beh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -33,7 +34,21 @@ from octavo.worker.model_runner import ModelRunner
 
 # Rows of logits at which a kernel takes another form: see kernels/triton/products and select.
 _LOGIT_ROWS = (1, 9, 17, 33, 65)
+_PLAIN = SamplingParams(max_tokens=4, temperature=1.0)
+_RULES = _PLAIN.replace(presence_penalty=0.1, logit_bias={0: 0.1}, allowed_token_ids=[0, 1, 2])
 _SHORT_PROMPT, _SHORT_PROMPTS = 200, 1000  # rows of one, and of a step of them
+
+
+@dataclass(slots=True)
+class _Room:
+    """What the made-up requests have."""
+
+    max_step_rows: int
+    block_size: int
+    num_blocks: int
+    num_draft_blocks: int
+    reads: bool
+    step_ids: count[int]
 
 
 def warm_up(
@@ -44,15 +59,20 @@ def warm_up(
     block_size: int,
     num_blocks: int,
     num_draft_blocks: int = 0,
+    reads: bool = True,
 ) -> None:
-    """Launch every kernel of `runner` once. Before the first request, and on a GPU only."""
+    """Launch every kernel of `runner` once. Before the first request, and on a GPU only.
+
+    `reads` False: nothing is really launched, and there are no answers to read.
+    """
     from octavo.kernels.triton import prompt
 
+    room = _Room(max_step_rows, block_size, num_blocks, num_draft_blocks, reads, count(-1, -1))
     with torch.inference_mode():
         for rows in _LOGIT_ROWS:
             if rows <= max_step_rows:
                 _draw_all(runner.model, sampler, rows)
-        _run_steps(runner, max_step_rows, block_size, num_blocks, num_draft_blocks)
+        _run_steps(runner, room)
         weights = torch.empty(0, dtype=runner.model.dtype, device=runner.model.device)
         prompt.warm_up(runner.model.attention_specs[0], block_size, weights)
         torch.cuda.synchronize()
@@ -86,20 +106,16 @@ def _draw_all(model: CausalLM, sampler: Sampler, rows: int) -> None:
         sampler.draw(model.logits(hidden), batch)
 
 
-def _run_steps(
-    runner: ModelRunner, max_step_rows: int, block_size: int, num_blocks: int, num_draft_blocks: int
-) -> None:
+def _run_steps(runner: ModelRunner, room: _Room) -> None:
     """Chunks with and without a graph, then decoding and verifying; the KV written is nobody's yet."""
-    longest = min(runner.model.max_model_len - MAX_DRAFTS - 2, num_blocks * block_size - MAX_DRAFTS - 2)
-    numbers = count(-1, -1)
-    speculates = runner.proposes
-    # One long prompt; some too short for a long chunk's attention, together too long for a graph; many.
+    longest = min(runner.model.max_model_len, room.num_blocks * room.block_size) - MAX_DRAFTS - 2
     if longest < 1:
         return
+    # One long prompt; some too short for a long chunk's attention, together too long for a graph; many.
     for total, each in (
-        (min(longest, max_step_rows), longest),
-        (min(_SHORT_PROMPTS, max_step_rows), min(_SHORT_PROMPT, longest)),
-        (max_step_rows, longest),
+        (min(longest, room.max_step_rows), longest),
+        (min(_SHORT_PROMPTS, room.max_step_rows), min(_SHORT_PROMPT, longest)),
+        (room.max_step_rows, longest),
     ):
         lengths: list[int] = []
         while total > 0 and len(lengths) < runner.state.num_slots:
@@ -108,32 +124,23 @@ def _run_steps(
         if lengths[0] > SHORT_ROWS + 3 and len(lengths) < runner.state.num_slots:
             lengths[0] -= 3
             lengths.append(3)  # attention plans short and long requests apart
-        for width in (1, 1 + MAX_DRAFTS) if speculates else (1,):
-            _one_life(
-                runner, lengths, width, block_size, num_blocks, num_draft_blocks, numbers, max_step_rows
-            )
+        for width in (1, 1 + MAX_DRAFTS) if runner.proposes else (1,):
+            _one_life(runner, lengths, width, room)
+    _one_life(runner, [min(3, longest)], 1, room, _RULES)
 
 
 def _one_life(
-    runner: ModelRunner,
-    lengths: list[int],
-    width: int,
-    block_size: int,
-    num_blocks: int,
-    num_draft_blocks: int,
-    numbers: count[int],
-    max_step_rows: int,
+    runner: ModelRunner, lengths: list[int], width: int, room: _Room, params: SamplingParams = _PLAIN
 ) -> None:
     """Requests of these lengths enter, decode once with rows of this width, and leave."""
-    reach = -(-(max(lengths) + MAX_DRAFTS + 1) // block_size)
-    params = SamplingParams(max_tokens=4, temperature=1.0)
+    reach = -(-(max(lengths) + MAX_DRAFTS + 1) // room.block_size)
     keys = [SlotKey(slot, 0, f"warm up {slot}") for slot in range(len(lengths))]
     first = SchedulerOutput(
-        next(numbers),
+        next(room.step_ids),
         new_slots=[
             NewSlot(
                 slot=slot, generation=0, request_id=f"warm up {slot}", token_ids=[0] * length,
-                num_prompt_tokens=length, block_ids=[block % num_blocks for block in range(reach)],
+                num_prompt_tokens=length, block_ids=[block % room.num_blocks for block in range(reach)],
                 num_computed_tokens=0, params=params, seed=0, stop_token_ids=(),
                 limit=length + MAX_DRAFTS + 1,
             )
@@ -144,19 +151,24 @@ def _one_life(
         propose=[Propose(slot, width - 1) for slot in range(len(lengths))] if width > 1 else [],
     )  # fmt: skip
     if runner.draft_model is not None and width > 1:
-        own = [block % num_draft_blocks for block in range(reach)]
+        own = [block % room.num_draft_blocks for block in range(reach)]
         first.draft = DraftGroup(
             entered=[DraftEntry(slot, 0, own) for slot in range(len(lengths))],
             rows=[DraftRows(slot, max(0, length - 1), width - 1) for slot, length in enumerate(lengths)],
         )
-    runner.forward(first)
-    runner.sample().read()
-    deciding = max(1, min(len(lengths), max_step_rows // width))
+    _step(runner, first, room.reads)
+    deciding = max(1, min(len(lengths), room.max_step_rows // width))
     second = SchedulerOutput(
-        next(numbers),
+        next(room.step_ids),
         rows=[Rows(slot, width, RowKind.VERIFY, True) for slot in range(deciding)],
         row_keys=keys[:deciding],
     )
-    runner.forward(second)
-    runner.sample().read()
-    runner.change(SchedulerOutput(next(numbers), freed_slots=list(range(len(lengths)))))
+    _step(runner, second, room.reads)
+    runner.change(SchedulerOutput(next(room.step_ids), freed_slots=list(range(len(lengths)))))
+
+
+def _step(runner: ModelRunner, out: SchedulerOutput, reads: bool) -> None:
+    runner.forward(out)
+    output = runner.sample()
+    if reads:
+        output.read()

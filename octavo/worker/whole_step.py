@@ -66,6 +66,11 @@ class WholeSteps:
             self._memory.draw_positions,
         )  # fmt: skip
 
+    def start_over(self) -> None:
+        """The device has carried out no step so far, whatever was sent."""
+        self._turn = 0
+        self._memory.turn.zero_()
+
     def covers(self, key: GraphKey) -> bool:
         """See StepTail."""
         return not key.has_chunk and key.rows <= self.most_rows

@@ -178,3 +178,34 @@ def test_runs_are_noted_beside_the_job(tmp_path: Path) -> None:
     found = read_job(path)
     assert found is not None
     assert [run["seconds"] for run in found["runs"]] == [1.0, 2.0]
+
+
+def test_a_full_disk_is_told_and_what_was_written_is_gone_on_from(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; it cannot be lifted again within a process."""
+    path = tmp_path / "out.jsonl"
+    program = """
+import resource, sys
+from octavo.batch.journal import Journal
+from octavo.errors import OctavoError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with Journal.open(sys.argv[1], {"a": 1}) as journal:
+        try:
+            for i in range(100):
+                journal.append({"key": f"k{i}", "text": "x" * 90})
+        finally:
+            journal.note({"long": "y" * 2000})  # as jobs do at their end, whatever it was
+except OctavoError as error:
+    print(error)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    )
+    assert ended.stderr == ""
+    assert "cannot be written: File too large" in ended.stdout
+    assert "start the same command again" in ended.stdout
+    with Journal.open(path, {"a": 1}) as journal:
+        assert journal.num_done == 8
+        assert journal.was_torn
+        journal.append({"key": "k8"})
+        assert [record["key"] for record in journal.records()][-2:] == ["k7", "k8"]

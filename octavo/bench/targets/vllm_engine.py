@@ -21,6 +21,8 @@ OPTIONS = (
     "max_num_seqs", "max_num_batched_tokens", "quantization", "disable_log_stats", "enforce_eager",
     "enable_prefix_caching", "trust_remote_code", "tokenizer", "block_size", "load_format",
 )  # fmt: skip
+# An engine argument of newer versions (seen in 0.32): acceptance of every request, step by step.
+_EACH_REQUEST = "per_request_spec_decode_metrics"
 # vLLM's names of its metrics -> ours.
 _METRICS = {
     "vllm:num_preemptions": "preemptions",
@@ -82,6 +84,8 @@ class VllmTarget:
             )
         else:
             self._load_metrics_reader()
+        if "speculative_config" in self._kwargs and hasattr(arguments.AsyncEngineArgs, _EACH_REQUEST):
+            self._kwargs[_EACH_REQUEST] = "detailed"
         try:
             # Within the event loop: vLLM's handlers belong to the loop that asks.
             self._engine = async_llm.AsyncLLM.from_engine_args(arguments.AsyncEngineArgs(**self._kwargs))
@@ -125,6 +129,7 @@ class VllmTarget:
                     answer.finish_reason = str(delta.finish_reason)
                 if getattr(output, "num_cached_tokens", None) is not None:
                     answer.cached_tokens = int(output.num_cached_tokens)
+                _note_metrics(answer, output, delta)
         except asyncio.CancelledError:
             await self._engine.abort(name)
             raise
@@ -163,7 +168,22 @@ class VllmTarget:
         return []
 
     async def close(self) -> None:
-        """End the engine and its processes."""
+        """End the engine and its processes. The event loop stands still meanwhile (some seconds), as in
+        vLLM's own server: its output handler would take the end of the process for a crash otherwise."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
+            engine.shutdown()
+
+
+def _note_metrics(answer: Answer, output: Any, completion: Any) -> None:
+    """What vLLM tells about one request: `metrics` (None without its statistics) and, at the end, what became
+    of its drafts, verification by verification (None in versions that do not count them by request)."""
+    stats = getattr(output, "metrics", None)
+    if stats is not None:
+        answer.num_preemptions = stats.num_preemptions
+        if stats.scheduled_ts > 0:  # the engine process' monotonic clock, which is the machine's
+            answer.first_step_time = stats.scheduled_ts
+    drafts = getattr(completion, "spec_decode_metrics", None)
+    if drafts is not None:
+        for drafted, accepted in zip(drafts.per_step_drafted, drafts.per_step_accepted, strict=True):
+            answer.verified(drafted, accepted)

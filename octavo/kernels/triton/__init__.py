@@ -5,10 +5,12 @@ Nothing here is imported on a machine without Triton: importers ask `available` 
     launch     what every launch needs: dependent launch, interpreter, padded sizes
     products   products of few rows with a weight, with what follows them in a layer
                (how they are summed: product_sums; the kernels: product_kernels, qkv_kernel)
+    wide_gate_up  gate and up of a large weight for 17 to 128 rows, fed by the copy engine
     attention  attention over paged keys and values for any mix of rows
     shared     attention over a prefix that several requests share, read once for all of them
     pointwise  embedding, norms, SiLU·mul, qk-norm + rotary + store
     sample     argmax and draw
+    rules      masks, bans, bias and penalties of single requests
     select     the passes over a row of logits that the next two share
     filters    thresholds of top-k and top-p
     top        log-probabilities and the greatest tokens

@@ -22,14 +22,8 @@ import triton
 import triton.language as tl
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
-from octavo.kernels.triton.launch import (
-    begin,
-    dot_precision,
-    next_power_of_2,
-    pdl_options,
-    prefetch,
-    uses_pdl,
-)
+from octavo.kernels.triton.attention_tile import attend_tile, group_places, prefetch_group
+from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.shared import PARTS, SharedScratch
 
 GROUP = 128  # tokens summed by themselves; part of the definition of a row's bits
@@ -106,67 +100,6 @@ def plan_kernel(
     tl.store(tiles_ptr + tiles * 6 + 5, parts, mask=valid)
 
 
-@triton.jit
-def _sum_group(
-    q,  # [BLOCK_Q, D]
-    position,  # [BLOCK_Q], -1 for rows that see nothing
-    cache_ptr,
-    table_row,  # pointer to the request's block ids
-    head,
-    first,  # position of the group
-    last,  # one behind the last position any row sees
-    scale,  # times log2(e), where there is no soft cap
-    soft_cap,
-    window,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(greatest score [BLOCK_Q], sum of weights [BLOCK_Q], weighted values [BLOCK_Q, D]) of a group."""
-    d = tl.arange(0, D_PADDED)
-    kv = first + tl.arange(0, GROUP)
-    there = kv < last
-    block = tl.load(table_row + kv // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-    where = ((block * 2 * KV_HEADS + head) * BLOCK_SIZE + kv % BLOCK_SIZE) * D
-    values = cache_ptr + (where + KV_HEADS * BLOCK_SIZE * D)[:, None] + d[None, :]
-    if D == D_PADDED:
-        k = tl.load(cache_ptr + where[None, :] + d[:, None], mask=there[None, :], other=0.0)
-        v = tl.load(values, mask=there[:, None], other=0.0)
-    else:
-        k = tl.load(
-            cache_ptr + where[None, :] + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0
-        )
-        v = tl.load(values, mask=there[:, None] & (d[None, :] < D), other=0.0)
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale
-    if HAS_CAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        capped = 1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)
-        scores = soft_cap * capped * 1.4426950408889634
-    sees = kv[None, :] <= position[:, None]
-    if HAS_WINDOW:
-        sees = sees & (kv[None, :] > position[:, None] - window)
-    scores = tl.where(sees, scores, float("-inf"))
-    most = tl.max(scores, axis=1)
-    p = tl.exp2(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
-    weight = tl.sum(p, axis=1)
-    return most, weight, tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-
-
-@triton.jit
-def _fold(most, weight, acc, most_g, weight_g, acc_g):
-    """Two disjoint sums as one; a side that saw nothing leaves the other's bits alone."""
-    higher = tl.maximum(most, most_g)
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    ours, theirs = tl.exp2(most - base), tl.exp2(most_g - base)
-    acc = acc * ours[:, None] + acc_g * theirs[:, None]
-    return higher, weight * ours + weight_g * theirs, acc
-
-
 @triton.jit(do_not_specialize=["table_stride", "max_groups", "window"])
 def attention_kernel(
     q_ptr,  # [num_tokens, HEADS, D], rotary applied
@@ -211,101 +144,30 @@ def attention_kernel(
     begin_at = tl.load(tiles_ptr + tile * 6 + 3)
     last = tl.load(tiles_ptr + tile * 6 + 4)
     i, d = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED)
-    row = first_row + i // SHARED
-    valid = i < count * SHARED
-    column = row.to(tl.int64) * HEADS + head * SHARED + i % SHARED
-    inside = valid[:, None] & (d[None, :] < D)
-    position = tl.load(positions_ptr + row, mask=valid, other=-1).to(tl.int32)
+    position = tl.load(positions_ptr + first_row + i // SHARED, mask=i < count * SHARED, other=-1)
     table_row = table_ptr + table_index.to(tl.int64) * table_stride
-    first_group = begin_at // GROUP
-    num_groups = tl.cdiv(last, GROUP)
     if EARLY:
         if PDL:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
-            if first_group + part < num_groups:
+            if begin_at // GROUP + part < tl.cdiv(last, GROUP):
                 # earlier steps wrote nearly all of it: the cache may fetch it during the wait
-                kv = (first_group + part) * GROUP + tl.arange(0, GROUP)
-                kv = tl.minimum(kv, last - 1)
-                block = tl.load(table_row + kv // BLOCK_SIZE).to(tl.int64)
-                where = ((block * 2 * KV_HEADS + head) * BLOCK_SIZE + kv % BLOCK_SIZE) * D
-                LINE: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
-                LINES: tl.constexpr = (D_PADDED + LINE - 1) // LINE
-                lines = cache_ptr + where[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
-                prefetch(lines)
-                prefetch(lines + KV_HEADS * BLOCK_SIZE * D)
+                group = begin_at // GROUP + part
+                places = group_places(table_row, head, group, last, KV_HEADS, D, BLOCK_SIZE, GROUP)
+                prefetch_group(cache_ptr, places, KV_HEADS, D, D_PADDED, BLOCK_SIZE)
         begin(PDL)
     parts = 1
     if PARTS > 1:
         parts = tl.load(tiles_ptr + tile * 6 + 5)
     if (count == 0) | (part >= parts):
         return
+    column = (first_row + i // SHARED).to(tl.int64) * HEADS + head * SHARED + i % SHARED
+    inside = (i < count * SHARED)[:, None] & (d[None, :] < D)
     q = tl.load(q_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0)
-
-    most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-    weight = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_Q, D_PADDED), dtype=tl.float32)
-    for group in tl.range(first_group + part, num_groups, parts, num_stages=STAGES):
-        most_g, weight_g, acc_g = _sum_group(
-            q, position, cache_ptr, table_row, head, group * GROUP, last, scale, soft_cap, window,
-            KV_HEADS, D, D_PADDED, BLOCK_SIZE, GROUP, HAS_CAP, HAS_WINDOW, PRECISION,
-        )  # fmt: skip
-        most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
-        if PARTS > 1:
-            place = column * max_groups + group
-            there = valid & (parts > 1)
-            tl.store(sums_ptr + place[:, None] * D + d[None, :], acc_g, mask=inside & (parts > 1))
-            tl.store(stats_ptr + place * 2, most_g, mask=there)
-            tl.store(stats_ptr + place * 2 + 1, weight_g, mask=there)
-
-    finishes = part == 0
-    if PARTS > 1:
-        num_parts = tl.minimum(num_groups - first_group, PARTS)
-        if (parts > 1) & (num_parts > 0):  # 0: all rows are padding
-            finishes = False
-            if part < num_parts:
-                tl.debug_barrier()
-                finishes = True
-                if num_parts > 1:
-                    counter = counter_ptr + tile * KV_HEADS + head
-                    finishes = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
-                    if finishes:
-                        tl.store(counter, 0)
-                if finishes:
-                    most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
-                    weight = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-                    acc = tl.zeros((BLOCK_Q, D_PADDED), dtype=tl.float32)
-                    for start in range(first_group, num_groups, 4):
-                        # four groups on their way at once, folded in their order
-                        for step in tl.static_range(4):
-                            group = start + step
-                            place = column * max_groups + group
-                            there = valid & (group < num_groups)
-                            most_g = tl.load(
-                                stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
-                            )
-                            weight_g = tl.load(
-                                stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"
-                            )
-                            acc_g = tl.load(
-                                sums_ptr + place[:, None] * D + d[None, :],
-                                mask=inside & (group < num_groups), other=0.0, cache_modifier=".cg",
-                            )  # fmt: skip
-                            most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
-    if finishes:
-        if PREFIX_PARTS > 0:  # noqa: SIM102
-            if begin_at > 0:
-                there = valid & (position >= 0)
-                for step in tl.static_range(PREFIX_PARTS):
-                    place = column * PREFIX_PARTS + step
-                    most_g = tl.load(prefix_stats_ptr + place * 2, mask=there, other=float("-inf"))
-                    weight_g = tl.load(prefix_stats_ptr + place * 2 + 1, mask=there, other=0.0)
-                    acc_g = tl.load(
-                        prefix_sums_ptr + place[:, None] * D + d[None, :],
-                        mask=inside & (most_g > float("-inf"))[:, None], other=0.0,
-                    )  # fmt: skip
-                    most, weight, acc = _fold(most, weight, acc, most_g, weight_g, acc_g)
-        # a row that sees nothing (padding) has weight 0 and becomes zeros
-        out = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
-        tl.store(out_ptr + column[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    attend_tile(
+        tile, head, part, parts, first_row, count, begin_at, last, position.to(tl.int32), table_row, q,
+        cache_ptr, out_ptr, sums_ptr, stats_ptr, counter_ptr, prefix_sums_ptr, prefix_stats_ptr,
+        max_groups, scale, soft_cap, window, HEADS, KV_HEADS, D, D_PADDED, BLOCK_SIZE, BLOCK_Q, GROUP,
+        PARTS, STAGES, HAS_CAP, HAS_WINDOW, PREFIX_PARTS, PRECISION,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

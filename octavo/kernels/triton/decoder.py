@@ -6,8 +6,10 @@ matrix unit with everything that follows it (see products), and attention betwee
     norm scale, qkv, bias, qk-norm, rotary, store  |  attention  |  o + residual
     norm scale, gate and up, SiLU·mul  |  down + residual
 
-Larger ones take the library's products and a few pointwise kernels between them. Neither path asks
-the host anything, so both can be captured in a graph.
+Larger ones take the library's products and a few pointwise kernels between them. Gate and up of a large
+weight have a kernel of their own from 17 to 128 rows, on both paths (see wide_gate_up). A step of
+one row of a small model may run as one kernel instead, if asked for (see persistent). No path asks the host
+anything, so all can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, pointwise, products, prompt, shared
+from octavo.kernels.triton import attention, persistent, pointwise, products, prompt, shared, wide_gate_up
 from octavo.kernels.triton.attention import QueryTiling, Scratch, TilePlan
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
@@ -34,6 +36,9 @@ WIDE = QueryTiling(block_q=128, stages=2, warps=8)
 WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
 WIDE_FLOAT32 = QueryTiling(block_q=16, stages=1, warps=4)
 FEW_ROWS = 64  # beyond, the library's products are faster; up to MAX_ROWS the rows would stay invariant
+# Up to so many rows the library's o and down get a bias of zeros: a product with a bias goes to cuBLASLt,
+# which cuts their K better (8B, 96 rows: 5.36 ms a step instead of 5.51; from 128 on nothing is gained).
+_BIASED_ROWS = 96
 _SHARED_ROWS = 32  # above so many rows there are enough query tiles to fill the card
 
 
@@ -144,8 +149,12 @@ class FusedDecoder:
         eps: float,
         few_rows: int = FEW_ROWS,
         one_tiling: bool = False,
+        runs_as_one: bool = False,
     ) -> None:
-        """`few_rows`: the most rows that take the five-kernel path; 0 where the model does not fit it."""
+        """`few_rows`: the most rows that take the five-kernel path; 0 where the model does not fit it.
+
+        `runs_as_one`: steps of one row run as one kernel, where that kernel serves the model.
+        """
         self._layers = layers
         self._table = table
         self._final_norm = final_norm
@@ -159,8 +168,14 @@ class FusedDecoder:
         self._scratch: list[Scratch] = []
         self._prefix_scratch: list[shared.SharedScratch] = []
         self._tilings: dict[int, LayerTilings] = {}
+        self._zeros = table.new_zeros(table.shape[1])
+        self._normed = table.new_zeros(wide_gate_up.MAX_ROWS, table.shape[1])  # whole tiles for wide_gate_up
+        self._persistent: persistent.PersistentDecoder | None = None
         if self.few_rows:
             self._allocate()
+            if runs_as_one and persistent.serves(layers):
+                programs = persistent.programs_of(table.device)
+                self._persistent = persistent.PersistentDecoder(layers, cos, sin, eps, programs)
 
     def _allocate(self) -> None:
         first, rows, device = self._layers[0], self.few_rows, self._table.device
@@ -171,7 +186,7 @@ class FusedDecoder:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self._stream = empty(rows, hidden)
-        self._scaled = empty(rows, hidden)
+        self._scaled = empty(rows, hidden).zero_()  # read as whole tiles
         self._squares = empty(rows, hidden // SQUARES_WIDTH, dtype=torch.float32)
         self._q = empty(rows, spec.num_heads, spec.head_dim)
         self._attended = empty(rows, spec.num_heads, spec.head_dim)
@@ -209,6 +224,11 @@ class FusedDecoder:
         """Hidden states after the final norm: [num_tokens, hidden]."""
         if ctx.attention.long_chunks and not (self._serves_long_chunks and len(input_ids) > self.few_rows):
             ctx = replace(ctx, attention=replace(ctx.attention, long_chunks=()))
+        if self._persistent is not None and len(input_ids) == 1 and ctx.attention.shared is None:
+            stream = self._stream[:1]
+            pointwise.embed(input_ids, self._table, stream)
+            self._persistent.run(stream, ctx.kv_caches, ctx.attention)
+            return pointwise.norm(stream, self._final_norm, self._eps)
         plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype, self._one_tiling)
         scratch, prefixes = self._scratch_for(ctx.attention, plans), self._prefix_scratch_for(ctx.attention)
         attend = _Attend(plans, scratch, prefixes)
@@ -226,7 +246,7 @@ class FusedDecoder:
         rows, eps, space = len(input_ids), self._eps, self._workspace
         stream, scaled, squares = self._stream[:rows], self._scaled[:rows], self._squares[:rows]
         q, attended, activated = self._q[:rows], self._attended[:rows], self._activated[:rows]
-        cut = self.tilings(rows)
+        cut, wide = self.tilings(rows), wide_gate_up.choose_tiling(self._layers[0].gate_up, rows)
         slots = ctx.attention.slot_mapping
         pointwise.embed(input_ids, self._table, stream, self._layers[0].input_norm, scaled, squares)
         for index, layer in enumerate(self._layers):
@@ -240,9 +260,15 @@ class FusedDecoder:
                 attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm, scaled, squares, space,
                 cut.o,
             )  # fmt: skip
-            products.gate_up(
-                scaled, layer.gate_up, layer.gate_up_bias, squares, eps, activated, space, cut.gate_up
-            )
+            if wide is not None:
+                wide_gate_up.gate_up(
+                    self._scaled[: wide.block_m], layer.gate_up, layer.gate_up_bias, squares, eps, activated,
+                    wide,
+                )  # fmt: skip
+            else:
+                products.gate_up(
+                    scaled, layer.gate_up, layer.gate_up_bias, squares, eps, activated, space, cut.gate_up
+                )
             products.residual(
                 activated, layer.down, layer.down_bias, stream, self._norm_after(index), scaled, squares,
                 space, cut.down,
@@ -258,10 +284,10 @@ class FusedDecoder:
         ctx: ForwardContext,
         attend: _Attend,
     ) -> torch.Tensor:
-        eps, slots = self._eps, ctx.attention.slot_mapping
-        stream = torch.empty(
-            len(input_ids), self._table.shape[1], dtype=self._table.dtype, device=self._table.device
-        )
+        rows, eps, slots = len(input_ids), self._eps, ctx.attention.slot_mapping
+        stream = torch.empty(rows, self._table.shape[1], dtype=self._table.dtype, device=self._table.device)
+        wide = wide_gate_up.choose_tiling(self._layers[0].gate_up, rows)
+        no_bias = self._zeros if rows <= _BIASED_ROWS else None
         pointwise.embed(input_ids, self._table, stream)
         x = pointwise.norm(stream, self._layers[0].input_norm, eps)
         long = prompt.plan(ctx.attention) if ctx.attention.long_chunks else None
@@ -275,10 +301,17 @@ class FusedDecoder:
             if long is not None:
                 prompt.attend(q, qkv, cache, attended, ctx.attention, layer.attention, long)
             attend(q, cache, attended, ctx.attention, layer.attention)
-            x = F.linear(attended.flatten(1), layer.o, layer.o_bias)
-            x = pointwise.norm(x, layer.post_norm, eps, stream)
-            x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
-            x = F.linear(x, layer.down, layer.down_bias)
+            x = F.linear(attended.flatten(1), layer.o, no_bias if layer.o_bias is None else layer.o_bias)
+            if wide is not None:
+                pointwise.norm(x, layer.post_norm, eps, stream, self._normed[:rows])
+                x = x.new_empty(rows, layer.down.shape[1])
+                wide_gate_up.gate_up(
+                    self._normed[: wide.block_m], layer.gate_up, layer.gate_up_bias, None, eps, x, wide
+                )
+            else:
+                x = pointwise.norm(x, layer.post_norm, eps, stream)
+                x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
+            x = F.linear(x, layer.down, no_bias if layer.down_bias is None else layer.down_bias)
             x = pointwise.norm(x, self._norm_after(index), eps, stream)
         return x
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import one_form
+from octavo.kernels.triton.step import fill_up
 
 # Columns of a pass table, int32: slot, rows to catch up, 1 if it drafts, first token row, rows, place among
 # the rows of logits or -1.
@@ -73,22 +74,12 @@ def pass_rows(
     BLOCK: tl.constexpr,
 ):
     """One program of `rows`: a slot, or what fills up behind the last one."""
-    if entry == padded_reqs:
-        # rows that only fill up the size of a graph
-        if chunk == 0:
-            nothing = tl.zeros((BLOCK,), dtype=tl.int64)
-            for start in range(num_rows, padded_rows, BLOCK):
-                row = start + tl.arange(0, BLOCK)
-                tl.store(ids_ptr + row, nothing, mask=row < padded_rows)
-                tl.store(positions_ptr + row, nothing - 1, mask=row < padded_rows)
-                tl.store(mapping_ptr + row, nothing - 1, mask=row < padded_rows)
-            tl.store(starts_ptr, 0)
-        return
     if entry >= entries:
         if chunk == 0:
-            tl.store(starts_ptr + entry + 1, num_rows)
-            tl.store(seq_lens_ptr + entry, 0)
-            tl.store(slots_ptr + entry, 0)
+            fill_up(
+                entry, ids_ptr, positions_ptr, mapping_ptr, starts_ptr, seq_lens_ptr, slots_ptr, padded_reqs,
+                num_rows, padded_rows, BLOCK,
+            )  # fmt: skip
         return
     slot = tl.load(table_ptr + entry * 6).to(tl.int64)
     first_row = tl.load(table_ptr + entry * 6 + 3)

@@ -245,12 +245,16 @@ def norm(
     weight: torch.Tensor,  # [width]
     eps: float,
     residual: torch.Tensor | None = None,  # [num_rows, width]: x is added to it first
+    out: torch.Tensor | None = None,  # [num_rows, width], written and returned
 ) -> torch.Tensor:
     """rms norm of x, or of residual + x: [num_rows, width] in x's dtype."""
     num_rows, width = x.shape
     if x.stride(1) != 1 or (residual is not None and not residual.is_contiguous()):
         raise ValueError("the numbers of a row must lie side by side")
-    out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    elif out.shape != x.shape or not out.is_contiguous():
+        raise ValueError(f"{tuple(x.shape)} rows into {tuple(out.shape)}, which must be contiguous")
     if num_rows == 0:
         return out
     pdl = uses_pdl(x)

@@ -79,6 +79,35 @@ def change_kernel(
 
 
 @triton.jit
+def fill_up(
+    request,
+    ids_ptr,  # [padded_rows] int64, and so are the next two
+    positions_ptr,
+    mapping_ptr,
+    starts_ptr,  # [padded_reqs + 1] int32
+    seq_lens_ptr,  # [padded_reqs] int32
+    slots_ptr,  # [padded_reqs] int32
+    padded_reqs,
+    num_rows,
+    padded_rows,
+    BLOCK: tl.constexpr,
+):
+    """What only fills up the size of a graph: a request without rows, or behind the last one the rows."""
+    if request == padded_reqs:
+        nothing = tl.zeros((BLOCK,), dtype=tl.int64)
+        for start in range(num_rows, padded_rows, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            tl.store(ids_ptr + row, nothing, mask=row < padded_rows)
+            tl.store(positions_ptr + row, nothing - 1, mask=row < padded_rows)
+            tl.store(mapping_ptr + row, nothing - 1, mask=row < padded_rows)
+        tl.store(starts_ptr, 0)
+    else:
+        tl.store(starts_ptr + request + 1, num_rows)
+        tl.store(seq_lens_ptr + request, 0)
+        tl.store(slots_ptr + request, 0)
+
+
+@triton.jit
 def prepare_request(
     request,
     chunk,
@@ -110,22 +139,12 @@ def prepare_request(
     BLOCK: tl.constexpr,
 ):
     """One program of `prepare`: a request, or what fills up behind the last one."""
-    if request == padded_reqs:
-        # rows that only fill up the size of a graph
-        if chunk == 0:
-            nothing = tl.zeros((BLOCK,), dtype=tl.int64)
-            for start in range(num_rows, padded_rows, BLOCK):
-                row = start + tl.arange(0, BLOCK)
-                tl.store(ids_ptr + row, nothing, mask=row < padded_rows)
-                tl.store(positions_ptr + row, nothing - 1, mask=row < padded_rows)
-                tl.store(mapping_ptr + row, nothing - 1, mask=row < padded_rows)
-            tl.store(starts_ptr, 0)
-        return
     if request >= num_reqs:
         if chunk == 0:
-            tl.store(starts_ptr + request + 1, num_rows)
-            tl.store(seq_lens_ptr + request, 0)
-            tl.store(slots_ptr + request, 0)
+            fill_up(
+                request, ids_ptr, positions_ptr, mapping_ptr, starts_ptr, seq_lens_ptr, slots_ptr,
+                padded_reqs, num_rows, padded_rows, BLOCK,
+            )  # fmt: skip
         return
     slot = tl.load(rows_ptr + request * 6).to(tl.int64)
     count = tl.load(rows_ptr + request * 6 + 1)

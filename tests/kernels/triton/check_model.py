@@ -88,17 +88,39 @@ def test_layer_by_layer(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.step(rows), expected.step(rows), atol=5e-4, rtol=1e-4)
 
 
+def test_wide_gate_up_in_both_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.kernels.triton import wide_gate_up
+    from octavo.kernels.triton.launch import next_power_of_2
+
+    asked: list[int] = []
+
+    def choose(weight: torch.Tensor, rows: int) -> wide_gate_up.WideTiling | None:
+        asked.append(rows)
+        return wide_gate_up.WideTiling(next_power_of_2(rows), 32, 0, 2, 4) if rows >= 17 else None
+
+    monkeypatch.setattr(wide_gate_up, "choose_tiling", choose)
+    options = {**SMALL, "num_hidden_layers": 1, "head_dim": 16, "intermediate_size": 96, "mlp_bias": True}
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM", **options)
+    expected, ours = (
+        run(folder, TorchOps(), TorchBackend()),
+        run(folder, GpuOps((torch.float32,)), TritonBackend()),
+    )
+    for rows in ([(0, list(range(3, 73)))], [(1, list(range(5, 24)))], [(0, [7]), (1, [9])]):
+        torch.testing.assert_close(ours.step(rows), expected.step(rows), atol=5e-4, rtol=1e-4)
+    assert asked == [70, 19, 2]
+
+
 def test_programs_that_share_a_row_fold_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from octavo.kernels.triton import decoder
 
     folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM", num_hidden_layers=1)
-    shared, alone = (run(folder, GpuOps((torch.float32,)), TritonBackend()) for _ in range(2))
-    for each in (shared, alone):
-        each.step([(0, list(range(75)))])
+    shared, alone, lonely = (run(folder, GpuOps((torch.float32,)), TritonBackend()) for _ in range(3))
+    shared.step([(0, list(range(75)))])
+    for each in (alone, lonely):  # go on from there
+        each.num_computed = list(shared.num_computed)
+        each.kv_caches = [cache.clone() for cache in shared.kv_caches]
     together = shared.step([(0, [1])])
     monkeypatch.setattr(attention, "FULL", 1)  # each tile alone, though several programs might share it
-    lonely = run(folder, GpuOps((torch.float32,)), TritonBackend())
-    lonely.step([(0, list(range(75)))])
     assert torch.equal(together, lonely.step([(0, [1])]))
     monkeypatch.setattr(decoder, "_SHARED_ROWS", 0)
     assert torch.equal(together, alone.step([(0, [1])]))
@@ -129,7 +151,7 @@ def test_nothing_captured_waits_for_the_device(
         raise AssertionError("a tensor is read on the host")
 
     architecture, options, _ = CASES[name]
-    folder = make_checkpoint(tmp_path / "m", architecture, **options)
+    folder = make_checkpoint(tmp_path / "m", architecture, **{**options, "num_hidden_layers": 1})
     backend = TritonBackend()
     model = build_model(
         ModelConfig.from_folder(folder), torch.float32, torch.device("cpu"), GpuOps((torch.float32,)), backend
@@ -155,3 +177,38 @@ def test_the_mode_notices() -> None:
     for wait in (lambda x: x.item(), lambda x: bool(x.any()), lambda x: x[x > 0]):
         with pytest.raises(AssertionError, match="waits"), NoWaiting():  # type: ignore[no-untyped-call]
             wait(torch.ones(1))
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_a_long_decode_row_shared_by_programs(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More groups than are folded at once; three heads of a KV head fill no power of two."""
+    from octavo.attention.backend import AttentionMetadata, AttentionSpec
+    from octavo.kernels.triton.attention import QueryTiling, Scratch
+
+    monkeypatch.setattr(attention, "GROUP", 16)
+    length, blocks, dim, kv_heads = 331, 21, 16, 2
+    generator = torch.Generator().manual_seed(heads)
+    q = torch.randn(3, heads, dim, generator=generator)
+    cache = torch.randn(2 * blocks, 2, kv_heads, 16, dim, generator=generator)
+    table = torch.randperm(2 * blocks, generator=generator).to(torch.int32).view(2, blocks)
+    positions = torch.tensor([length - 1, 39, -1])  # two requests and padding
+    metadata = AttentionMetadata(
+        query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32),
+        seq_lens=torch.tensor([length, 40], dtype=torch.int32), block_table=table,
+        slot_mapping=torch.full((3,), -1), positions=positions, num_reqs=2, num_tokens=3, max_query_len=1,
+        max_seq_len=length,
+    )  # fmt: skip
+    spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
+    plan = attention.plan(metadata, spec, QueryTiling(), 4)
+    scratch = Scratch.allocate(3, length, spec, 8, torch.device("cpu"))
+    out = torch.full_like(q, float("nan"))
+    for _ in range(2):  # counters are zero again after a launch
+        attention.attend(q, cache, out, metadata, spec, plan, scratch)
+    assert not scratch.counters.any()
+    for row, tokens in enumerate((length, 40)):
+        keys, values = (
+            cache[table[row].long(), side].transpose(1, 2).flatten(0, 1)[:tokens] for side in (0, 1)
+        )
+        keys, values = (x.repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for x in (keys, values))
+        weights = torch.softmax(q[row][:, None] @ keys.transpose(1, 2) * spec.scale, dim=-1)
+        torch.testing.assert_close(out[row], (weights @ values)[:, 0], atol=1e-4, rtol=1e-4)

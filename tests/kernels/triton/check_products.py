@@ -10,8 +10,9 @@ from tests.kernels.triton import interpreter
 
 interpreter.enable()
 
-from octavo.kernels.triton import pointwise, products  # noqa: E402
+from octavo.kernels.triton import pointwise, products, wide_gate_up  # noqa: E402
 from octavo.kernels.triton.products import Tiling, Workspace  # noqa: E402
+from octavo.kernels.triton.wide_gate_up import WideTiling  # noqa: E402
 
 EPS = 1e-5
 
@@ -104,3 +105,36 @@ def test_shapes_are_checked() -> None:
             random(2, 2),
             space(),
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "tiling"),
+    [
+        (5, 32, WideTiling(32, 32, 0, 2, 4)),  # x has a whole tile of rows: those behind mean nothing
+        (20, 20, WideTiling(32, 64, 32, 2, 4)),  # x ends within the tile
+        (32, 32, WideTiling(32, 32, 0, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_wide_gate_up(rows: int, tile: int, tiling: WideTiling, bias: bool, normed: bool) -> None:
+    width, k = 192, 128
+    x, weight, b = random(tile, k), random(2 * width, k) / 10, random(2 * width) if bias else None
+    x[rows:] = float("nan")
+    squares = None if normed else torch.rand(rows, k // 64) * 64
+    out = torch.full((rows, width), float("nan"))
+    wide_gate_up.gate_up(x, weight, b, squares, EPS, out, tiling)
+    scaled = x[:rows]
+    if squares is not None:
+        scaled = scaled * torch.rsqrt(squares.sum(1, keepdim=True) / k + EPS)
+    gate, up = F.linear(scaled, weight, b).chunk(2, dim=1)
+    torch.testing.assert_close(out, F.silu(gate) * up, atol=1e-3, rtol=1e-4)
+
+
+def test_wide_gate_up_checks_its_shapes() -> None:
+    x, weight, out = random(4, 128), random(2 * 96, 128), torch.empty(4, 96)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        wide_gate_up.gate_up(x, weight, None, None, EPS, out, WideTiling(32, 64, 0, 2, 4))
+    with pytest.raises(ValueError, match="go together"):
+        wide_gate_up.gate_up(x[:3], weight, None, None, EPS, out, WideTiling(32, 32, 0, 2, 4))
+    assert wide_gate_up.choose_tiling(weight, 32) is None  # small, wide numbers, and no GPU

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -36,12 +36,17 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_groups, "LEAST_SAVED", 64)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [AttentionSpec(4, 2, 16, 0.3), AttentionSpec(6, 2, 24, 0.2, soft_cap=3.0), AttentionSpec(2, 2, 16, 0.25)],
-    ids=["grouped", "odd, soft cap", "a head each"],
-)
-def test_as_plain_torch(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class Scene:
+    """A step whose requests share prefixes, and what plain torch makes of it."""
+
+    query: torch.Tensor
+    cache: torch.Tensor
+    meta: AttentionMetadata
+    expected: torch.Tensor
+
+
+def scene(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> Scene:
     monkeypatch.setattr(shared, "TILE_HEADS", 4 * spec.num_heads // spec.num_kv_heads)
     tile_rows = shared.tile_rows(spec.num_heads // spec.num_kv_heads)
     torch.manual_seed(1)
@@ -79,16 +84,32 @@ def test_as_plain_torch(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) ->
     cache = torch.randn(100, 2, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
     query = torch.randn(total, spec.num_heads, spec.head_dim)
     expected = TorchBackend().attend(query, cache.transpose(2, 3), _plain(meta), spec)
-    backend = TritonBackend()
-    got = backend.attend(query, cache, meta, spec)
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        backend.attend(query, cache, _plain(meta), spec), expected, atol=2e-5, rtol=1e-4
-    )
-    # the prefix is read through its first owner's table alone
-    moved = buffers.block_table.clone()
+    return Scene(query, cache, meta, expected)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [AttentionSpec(4, 2, 16, 0.3), AttentionSpec(6, 2, 24, 0.2, soft_cap=3.0)],
+    ids=["grouped", "odd, soft cap"],
+)
+def test_as_plain_torch(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = scene(spec, monkeypatch)
+    got = TritonBackend().attend(now.query, now.cache, now.meta, spec)
+    torch.testing.assert_close(got, now.expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through its first owner's table alone; and reading each request's own gives the same, a head each."""
+    spec, backend = AttentionSpec(2, 2, 16, 0.25), TritonBackend()
+    now = scene(spec, monkeypatch)
+    got = backend.attend(now.query, now.cache, now.meta, spec)
+    alone = backend.attend(now.query, now.cache, _plain(now.meta), spec)
+    torch.testing.assert_close(got, now.expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(alone, now.expected, atol=2e-5, rtol=1e-4)
+    moved = now.meta.block_table.clone()
     moved[6, : PREFIXES["a"] // BLOCK_SIZE] = 99
-    assert torch.equal(backend.attend(query, cache, replace(meta, block_table=moved), spec), got)
+    elsewhere = replace(now.meta, block_table=moved)
+    assert torch.equal(backend.attend(now.query, now.cache, elsewhere, spec), got)
 
 
 def _plain(meta: AttentionMetadata) -> AttentionMetadata:

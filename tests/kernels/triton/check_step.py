@@ -14,7 +14,7 @@ interpreter.enable()
 from octavo.core.messages import NewSlot, RowKind, Rows, SchedulerOutput  # noqa: E402
 from octavo.sampling_params import SamplingParams  # noqa: E402
 from octavo.worker.cuda_graph import GraphSizes, StepBuffers  # noqa: E402
-from octavo.worker.gpu_step import GpuStep  # noqa: E402
+from octavo.worker.gpu_step import GpuStep, RowTable  # noqa: E402
 from octavo.worker.input_batch import DeviceState  # noqa: E402
 from tests.kernels.random_life import BLOCK_SIZE, MAX_LEN, SLOTS, compare  # noqa: E402
 from tests.worker.test_random_steps import RunnerSimulation  # noqa: E402
@@ -52,6 +52,24 @@ def test_the_step_is_padded_to_its_graph() -> None:
     assert buffers.seq_lens.tolist() == [3, 0, 0, 0, 0, 0]
     assert inputs.logits_rows.tolist() == [2]
     assert inputs.draw_positions.tolist() == [3]
+
+
+def test_whoever_asks_again_for_a_steps_graph_gets_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for shared prefixes takes the host some time: once a step."""
+    steps = GpuStep(DeviceState(SLOTS, MAX_LEN, BLOCK_SIZE, CPU), sizes=GraphSizes.of([8, 32]))
+    looked: list[int] = []
+    find = steps._find_graph
+
+    def look(rows: RowTable) -> tuple[int | None, bool]:
+        looked.append(rows.num_tokens)
+        return find(rows)
+
+    monkeypatch.setattr(steps, "_find_graph", look)
+    for count in (3, 9, 3):
+        rows = steps.describe(SchedulerOutput(0, rows=[Rows(2, count, RowKind.VERIFY, True)]))
+        answers = [steps.graph_of(rows) for _ in range(3)]
+        assert answers == [(8 if count == 3 else 32, False)] * 3
+    assert looked == [3, 9, 3]
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -14,8 +14,10 @@ interpreter.enable()
 
 from octavo.attention.backend import ForwardContext  # noqa: E402
 from octavo.core.messages import NewSlot, RowKind, Rows, SchedulerOutput, SlotKey  # noqa: E402
+from octavo.kernels.triton import rules  # noqa: E402
 from octavo.sampling.batch import SamplingSlots  # noqa: E402
 from octavo.sampling.coins import CoinTable  # noqa: E402
+from octavo.sampling.device_rules import DeviceRules  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.noise import Stream  # noqa: E402
 from octavo.sampling.sampler import Sampler  # noqa: E402
@@ -28,6 +30,7 @@ from octavo.worker.model_runner import ModelRunner  # noqa: E402
 from octavo.worker.whole_step import WholeSteps  # noqa: E402
 from tests.worker.test_random_steps import RunnerSimulation  # noqa: E402
 
+rules._PARTS, rules._BLOCK = 1, 64  # a program of the interpreter takes long
 CPU = torch.device("cpu")
 SIZES = GraphSizes.of([1, 2, 4, 8, 16, 32])
 
@@ -51,6 +54,9 @@ class Graphs:
         hidden = self._model.forward(ids, step.positions, ForwardContext(step, [self._cache]))
         return hidden, self._whole.behind(key, hidden)
 
+    def replays(self, step: Any) -> bool:
+        return self.sizes.padded(step.num_tokens, step.max_query_len) is not None
+
     def replay(self, input_ids: torch.Tensor, step: Any) -> torch.Tensor:
         context = ForwardContext(step, [self._cache])
         hidden: torch.Tensor = self._model.forward(input_ids, step.positions, context)
@@ -64,7 +70,7 @@ def with_graphs(
     steps: Any = runner._steps
     whole = WholeSteps(steps, steps._buffers, runner.model, 32, synthetic)
     graphs = Graphs(runner.model, runner._kv_caches[0], steps._buffers, whole)
-    runner._whole_steps, runner._graphs = whole, graphs  # type: ignore[assignment]
+    runner.whole_steps, runner.graphs = whole, graphs  # type: ignore[assignment]
     return graphs
 
 
@@ -108,12 +114,18 @@ PARAMS = [
     SamplingParams(temperature=1.0, top_k=5),
     SamplingParams(temperature=1.0, logprobs=2),
     SamplingParams(temperature=1.0, logit_bias={3: 2.0}),
+    SamplingParams(temperature=1.0, repetition_penalty=1.5, presence_penalty=0.4, frequency_penalty=0.3),
+    SamplingParams(temperature=1.0, min_tokens=5, bad_words=["ab"], allowed_token_ids=list(range(2, 30))),
+    SamplingParams(temperature=0.0, frequency_penalty=1.0),
 ]
-SEEDS = [1, 2**63 + 5, 3, 2**64 - 1, 77, 8]
+SEEDS = [1, 2**63 + 5, 3, 2**64 - 1, 77, 8, 21, 22, 23]
 
 
 def life(chosen: list[int], whole: bool, rates: list[float] | None = None) -> tuple[Any, int]:
-    """Some requests enter and decode, with drafts in the table; what every step brought."""
+    """Some requests enter and decode, with drafts in the table; what every step brought.
+
+    Without whole steps their rules are the host's to apply.
+    """
     state = DeviceState(len(PARAMS), 64, 4, CPU)
     acceptance = None
     if rates is not None:
@@ -121,7 +133,8 @@ def life(chosen: list[int], whole: bool, rates: list[float] | None = None) -> tu
         acceptance = SyntheticAcceptance(state, rates, coins)
     runner = ModelRunner(
         Noisy(), [torch.zeros(1)], state, gpu(state), Sampler(GpuDraw()),  # type: ignore[arg-type]
-        sampling=SamplingSlots(len(PARAMS)), acceptance=acceptance,
+        sampling=SamplingSlots(len(PARAMS), DeviceRules(len(PARAMS), VOCAB, CPU) if whole else None),
+        acceptance=acceptance,
     )  # fmt: skip
     graphs = with_graphs(runner, state, acceptance) if whole else None
     if graphs is None:
@@ -132,7 +145,7 @@ def life(chosen: list[int], whole: bool, rates: list[float] | None = None) -> tu
     keys = [SlotKey(slot, 0, str(slot)) for slot in chosen]
     news = [
         NewSlot(slot, 0, str(slot), [slot, 4, 9], 3, [slot * 16 + b for b in range(16)], 0, PARAMS[slot],
-                SEEDS[slot], (7,), 40)
+                SEEDS[slot], (7, 9), 40, bad_words_ids=((9, 12), (12,), (4, 9, 20)))
         for slot in chosen
     ]  # fmt: skip
     widths = [3 if whole_rows else 1 for whole_rows in (0, 1, 1, 0, 1, 1, 0)]
@@ -153,8 +166,17 @@ def life(chosen: list[int], whole: bool, rates: list[float] | None = None) -> tu
     return found, 0 if graphs is None else len(graphs.keys)
 
 
-@pytest.mark.parametrize("rates", [None, [0.8, 0.5]])
-@pytest.mark.parametrize("chosen", [[0], [1, 2], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize(
+    ("chosen", "rates"),
+    [
+        ([0], None),
+        ([0], [0.8, 0.5]),
+        ([1, 2], None),
+        ([1, 2], [0.8, 0.5]),
+        ([1, 3, 5, 6], [0.8, 0.5]),
+        (list(range(len(PARAMS))), None),
+    ],
+)
 def test_as_step_by_step(chosen: list[int], rates: list[float] | None) -> None:
     """Greedy and drawn by temperature inside of the graph, the rest behind it: the same tokens."""
     expected, _ = life(chosen, False, rates)

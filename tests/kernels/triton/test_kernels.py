@@ -19,32 +19,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "products",
-        "model",
-        "sample",
-        "step",
-        "whole_step",
-        "lookup",
-        "draft",
-        "whole_pass",
-        "shared",
-        "prompt",
-    ],
-)
-def test_interpreted(name: str) -> None:
+# Those that take long have a process each, all others share one.
+LONG = ["shared", "model", "whole_step", "whole_pass", "sample", "persistent"]
+SHORT = sorted({file.stem.removeprefix("check_") for file in HERE.glob("check_*.py")} - set(LONG))
+
+
+@pytest.mark.parametrize("names", [*LONG, " ".join(SHORT)])
+def test_interpreted(names: str) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / f"check_{name}.py"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    files = [str(HERE / f"check_{name}.py") for name in names.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,167 @@
+"""All layers of a small model in one kernel, for steps of one row.
+
+A decode step of a small model is bound by launches that wait for one another: five kernels a layer, each of
+at least two microseconds, around weights that take less. Here one program for each multiprocessor stays
+for the whole step. They go through the phases of the layers together and wait for one another between two
+of them (persistent_sync). Whatever does not depend on the step's row comes before a wait: a program's
+weights, keys and values are in its registers by then.
+
+So that there is but one wait between two phases, nothing is shared below a phase: a program computes whole
+rows of a weight (persistent_products), norms are computed by whoever reads the stream, qk-norm and rotary
+by whoever attends. Only the parts of a context are added up by the program that arrives last.
+
+The products multiply and add; the matrix unit has no share in them. So the last bits of a row differ from
+those of the separate kernels, and deterministic engines do not use this one. The programs of a launch must
+be resident at once: there is one for each multiprocessor, and the launch is a cooperative one, which fails
+rather than hangs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from octavo.attention.backend import AttentionMetadata
+from octavo.kernels.triton.attention import LOG2_E
+from octavo.kernels.triton.launch import dot_precision, next_power_of_2
+from octavo.kernels.triton.persistent_kernel import COLUMNS, PHASES, decoder_kernel
+from octavo.kernels.triton.persistent_products import CHUNK, UNIT
+
+if TYPE_CHECKING:
+    from octavo.kernels.triton.decoder import Layer
+
+WARPS = 8
+TOKENS = 64  # whose keys and values a program holds
+MOST_PARTS = 16
+AHEAD = True  # a program asks for a phase's weights before it computes the phase before
+MOST_LAYER_BYTES = 64 << 20  # of weights: above, waits are small beside reading them
+_WEIGHT_REGISTERS = 100  # of a thread, at most: those of the units whose weights a program holds
+
+
+class PersistentDecoder:
+    """The layers of one model as one kernel. Its launches must not overlap."""
+
+    def __init__(
+        self, layers: Sequence[Layer], cos: torch.Tensor, sin: torch.Tensor, eps: float, programs: int
+    ) -> None:
+        """`serves(layers)` must be true. `programs`: see programs_of."""
+        self._layers = list(layers)
+        self._cos, self._sin, self._eps = cos, sin, eps
+        self._programs = programs
+        first, device = self._layers[0], cos.device
+        spec = first.attention
+        self._parts = max(2, min(MOST_PARTS, next_power_of_2(programs // spec.num_kv_heads + 1) // 2))
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self._raw = empty(len(first.qkv))
+        self._attended = empty(first.o.shape[1], dtype=first.o.dtype)
+        self._activated = empty(first.down.shape[1], dtype=first.o.dtype)
+        self._sums = empty(spec.num_heads, self._parts, spec.head_dim)
+        self._stats = empty(spec.num_heads, self._parts, 2)
+        self._counters = torch.zeros(spec.num_kv_heads, dtype=torch.int32, device=device)
+        self._done = torch.zeros(len(self._layers) * PHASES + 1, dtype=torch.int32, device=device)
+        self._tables: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def _table(self, caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[layers, COLUMNS] int64: how far each layer's tensors lie behind the first layer's."""
+        key = tuple(cache.data_ptr() for cache in caches)
+        if key not in self._tables:
+            rows = [
+                (
+                    layer.qkv, layer.qkv_bias, *(layer.qk_norms or (None, None)), layer.o, layer.o_bias,
+                    layer.post_norm, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias,
+                    layer.input_norm, cache,
+                )
+                for layer, cache in zip(self._layers, caches, strict=True)
+            ]  # fmt: skip
+            offsets = torch.zeros(len(rows), COLUMNS, dtype=torch.int64)
+            for index, row in enumerate(rows):
+                for column, (tensor, first) in enumerate(zip(row, rows[0], strict=True)):
+                    if tensor is not None and first is not None:
+                        apart = tensor.data_ptr() - first.data_ptr()
+                        offsets[index, column] = apart // tensor.element_size()
+            if offsets.remainder(16).any():
+                raise ValueError("the layers' tensors must lie multiples of 16 numbers apart")
+            self._tables[key] = offsets.to(self._done.device)
+        return self._tables[key]
+
+    def _batch(self, rows: int, k: int, matrices: int = 1) -> int:
+        """Units of a weight of so many rows whose weights a program holds at a time."""
+        chunks = -(-k // CHUNK) * matrices
+        registers = chunks * UNIT * CHUNK * self._layers[0].o.element_size() // (4 * 32 * WARPS)
+        return min(-(-rows // (UNIT * self._programs)), max(1, _WEIGHT_REGISTERS // registers))
+
+    def run(
+        self,
+        stream: torch.Tensor,  # [1, hidden], changed in place
+        caches: Sequence[torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> None:
+        """The stream behind all layers, where `stream` was the embedded row."""
+        if len(stream) != 1 or metadata.num_tokens != 1 or metadata.shared is not None:
+            raise ValueError("this kernel is for steps of one row, which share nothing")
+        first, cache = self._layers[0], caches[0]
+        spec, hidden, width = first.attention, first.o.shape[0], first.down.shape[1]
+        _, _, kv_heads, block_size, head_dim = cache.shape
+        q_norm, k_norm = first.qk_norms or (first.qkv, first.qkv)
+
+        def bias(tensor: torch.Tensor | None) -> torch.Tensor:
+            return first.qkv if tensor is None else tensor
+
+        options: dict[str, Any] = {"launch_cooperative_grid": True} if cache.is_cuda else {}
+        has_cap = spec.soft_cap is not None
+        decoder_kernel[(self._programs,)](
+            self._table(caches), first.input_norm, first.qkv, bias(first.qkv_bias), q_norm, k_norm, first.o,
+            bias(first.o_bias), first.post_norm, first.gate_up, bias(first.gate_up_bias), first.down,
+            bias(first.down_bias), cache, self._cos, self._sin, metadata.positions, metadata.slot_mapping,
+            metadata.block_table, metadata.table_rows, stream, self._raw, self._attended, self._activated,
+            self._sums, self._stats, self._counters, self._done, len(self._layers),
+            metadata.block_table.stride(0), spec.sliding_window or 0,
+            spec.scale * (1.0 if has_cap else LOG2_E), spec.soft_cap or 1.0, self._eps,
+            HIDDEN=hidden, WIDTH=width, HEADS=spec.num_heads, KV_HEADS=kv_heads, D=head_dim,
+            HALF_ROTARY=self._cos.shape[1], BLOCK_SIZE=block_size, NORM=first.qk_norms is not None,
+            QKV_BIAS=first.qkv_bias is not None, O_BIAS=first.o_bias is not None,
+            GATE_UP_BIAS=first.gate_up_bias is not None, DOWN_BIAS=first.down_bias is not None,
+            CHUNK=CHUNK, UNIT=UNIT,
+            QKV_BATCH=self._batch(len(first.qkv), hidden), O_BATCH=self._batch(hidden, first.o.shape[1]),
+            GATE_UP_BATCH=self._batch(width, hidden, 2), DOWN_BATCH=self._batch(hidden, width),
+            TOKENS=TOKENS, PARTS=self._parts, HAS_CAP=has_cap, HAS_WINDOW=spec.sliding_window is not None,
+            PRECISION=dot_precision(cache.dtype), PROGRAMS=self._programs,
+            COUNTERS=next_power_of_2(len(self._layers) * PHASES), AHEAD=AHEAD, SPINS=cache.is_cuda,
+            num_warps=WARPS, num_stages=1, **options,
+        )  # fmt: skip
+
+
+def programs_of(device: torch.device) -> int:
+    """Programs of a launch: one for each multiprocessor; one where programs run one after another."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def serves(layers: Sequence[Layer]) -> bool:
+    """True if the kernel can compute these layers: small, of one shape and one kind of attention."""
+    first = layers[0]
+
+    def shape(layer: Layer) -> tuple[Any, ...]:
+        biases = layer.qkv_bias, layer.o_bias, layer.gate_up_bias, layer.down_bias
+        return (
+            layer.attention, layer.qkv.shape, layer.o.shape, layer.gate_up.shape, layer.down.shape,
+            layer.qk_norms is None, *(bias is None for bias in biases),
+        )  # fmt: skip
+
+    spec, hidden, width = first.attention, first.o.shape[0], first.down.shape[1]
+    numbers = sum(weight.numel() for weight in (first.qkv, first.o, first.gate_up, first.down))
+    return (
+        all(shape(layer) == shape(first) for layer in layers)
+        and numbers * first.o.element_size() <= MOST_LAYER_BYTES
+        and 16 <= spec.head_dim <= 128
+        and spec.head_dim == next_power_of_2(spec.head_dim)
+        and spec.num_heads // spec.num_kv_heads <= 16
+        and hidden % UNIT == 0
+        and width % UNIT == 0
+    )

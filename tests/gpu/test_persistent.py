@@ -1,0 +1,84 @@
+"""All layers of a small model in one kernel, on the card: against the separate kernels.
+
+Its programs wait for one another, and what waits in vain never ends. So the kernel runs in a process of its
+own, which is ended if it takes too long.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.kernels import triton as triton_kernels
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available() or not triton_kernels.available():
+    pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
+
+SECONDS = 150
+_COMPARED = """
+import json
+from dataclasses import replace
+import torch
+from benchmarks.decode_step import BLOCK_SIZE, capture, decode_batch, random_decoder
+from benchmarks.gpu_workloads import MODELS
+from octavo.attention.backend import ForwardContext
+
+config = {**MODELS["qwen3-0.6b"], "num_hidden_layers": 6}
+torch.manual_seed(1)
+with torch.inference_mode():
+    decoder, _ = random_decoder(config, runs_as_one=True)
+    one = decoder._persistent
+    assert one is not None
+    ids = torch.tensor([77], device="cuda")
+    for context in (1, 2, 33, 65, 513, 768, 1500, 4000):
+        meta = decode_batch(1, context)
+        shape = (meta.block_table.numel(), 2, 8, BLOCK_SIZE, 128)
+        caches = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(6)]
+        before = [cache.clone() for cache in caches]
+
+        def forward():
+            return decoder.forward(ids, meta.positions, ForwardContext(meta, caches)).clone()
+
+        decoder._persistent = None
+        expected, stored = forward(), [cache.clone() for cache in caches]
+        for cache, was in zip(caches, before):
+            cache.copy_(was)
+        decoder._persistent = one
+        ours = forward()
+        again = all(torch.equal(forward(), ours) for _ in range(20))
+        graph = capture(forward)
+        graph.replay()
+        error = ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+        keys = max(
+            ((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(caches, stored)
+        )
+        print(json.dumps([context, error, keys, again]), flush=True)
+    meta.positions.fill_(-1)  # padding
+    meta.slot_mapping.fill_(-1)
+    kept = [cache.clone() for cache in caches]
+    forward()
+    same = all(torch.equal(a, b) for a, b in zip(caches, kept))
+    print(json.dumps(["padding", same, bool(one._done.any()), bool(one._counters.any())]), flush=True)
+"""
+
+
+def test_as_the_separate_kernels() -> None:
+    """Up to what bf16 rounds; the same bits each time; and padding stores nothing."""
+    child = subprocess.run(
+        [sys.executable, "-c", _COMPARED],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-2000:]
+    *lines, padding = [json.loads(line) for line in child.stdout.splitlines()]
+    assert [line[0] for line in lines] == [1, 2, 33, 65, 513, 768, 1500, 4000]
+    for context, error, keys, again in lines:
+        assert error < 0.04, context  # bf16 rounds to 0.004 a time, and random weights keep it all
+        assert keys < 0.01, context
+        assert again, context
+    assert padding == ["padding", True, False, False]
