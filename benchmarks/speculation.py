@@ -175,6 +175,7 @@ def what_it_believes(budget: DraftBudget, batch: int) -> dict[str, Any]:
         "window_error": round(report.window_error, 3),
         "windows": report.num_windows,
         "explored": report.num_explored,
+        "bold": report.num_bold,
         "changes": report.num_changes,
         "speculating": round(report.num_speculating_steps / max(1, report.num_steps), 2),
     }

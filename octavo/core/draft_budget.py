@@ -182,7 +182,7 @@ class DraftBudget:
             self._news += 1
         if choice.is_due(len(states), facts.chunk_rows, self._news):
             self._decide(choice, mixed, facts)
-        plan = DraftPlan(states, gain=choice.gain)
+        plan = DraftPlan(states, gain=choice.gain, on_trial=choice.on_trial)
         if self._trials.in_window(self._step, choice.gain, choice.plain_seconds, may_start=not mixed):
             plan.counterfactual = True
             plan.num_drafts = [state.fixed or 0 for state in states]

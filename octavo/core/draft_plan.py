@@ -151,6 +151,7 @@ class DraftPlan:
     catch_up: dict[int, int] = field(default_factory=dict)  # index -> rows the draft model computes
     gain: float = 1.0  # expected speed-up against plain decoding
     counterfactual: bool = False
+    on_trial: bool = False  # more drafts than seem to pay, to see what they take
     explored: tuple[int, ...] = ()
     cut: dict[int, tuple[int, str]] = field(default_factory=dict)  # index -> (drafts wanted, why cut)
     blocked: Mapping[int, str] = field(default_factory=dict)  # as in the facts
@@ -174,6 +175,8 @@ class DraftPlan:
             return "plain: counterfactual"
         if index in self.explored:
             return "explore"
+        if count and self.on_trial:
+            return f"trial: K={count}, to see what it takes"
         if count:
             return f"gain {self.gain:.2f}x at K={count}"
         if self.gain > 1.0:

@@ -154,7 +154,8 @@ def test_rows_that_were_measured_too_dear_are_tried_all_the_same(model: bool, ac
     target = CostModel(table, CPU.kv_token)
     budget = DraftBudget(target, draft, max_num_batched_tokens=8192)
     arrivals = closed_loop(8, 300, all_alike(acceptance))
-    auto = simulate(budget, CPU, arrivals, model=model, max_seconds=16.0)
+    auto = simulate(budget, CPU, arrivals, model=model, max_seconds=16.0, keep_plans=True)
+    assert any(plan.reason(0).startswith("trial: K=") for plan in auto.plans)
     _, count = best_fixed_rate(CPU, 8, acceptance, model, 8 * 150)
     _, best = run("cpu", 8, all_alike(acceptance), model, fixed=count, seconds=16.0)
     assert budget.report.num_bold > 0
