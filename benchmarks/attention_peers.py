@@ -58,7 +58,7 @@ class Shape:
             config["head_dim"],
         )
         self.spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
-        self.meta, self.rows, self.lengths = batch(lengths, rows), rows, lengths
+        self.meta, self.lengths = batch(lengths, rows), lengths
         blocks = sum(-(-length // BLOCK_SIZE) for length in lengths)
         shape = (blocks, 2, kv_heads, BLOCK_SIZE, dim)
         self.caches = [torch.randn(shape, device="cuda").bfloat16() for _ in range(copies)]

@@ -43,16 +43,19 @@ _LAZY = {
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
 }
+_WITH_TORCH = ("octavo.llm", "octavo.engine.async_engine")  # what they import takes seconds
 
 
 def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
-    from octavo.platform.head_start import head_start
+    if module in _WITH_TORCH:
+        from octavo.platform.head_start import head_start
 
-    with head_start():
-        value = getattr(importlib.import_module(module), name)
+        with head_start():
+            importlib.import_module(module)
+    value = getattr(importlib.import_module(module), name)
     globals()[name] = value  # found directly the next time
     return value
 
