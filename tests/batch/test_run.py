@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.batch.run import in_thread, leave, run_async, unless_stopped
+from octavo.batch import run
+from octavo.batch.run import in_thread, run_async, unless_stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,11 @@ def test_a_stop_does_not_wait_for_it_and_its_result_is_dropped() -> None:
     assert asyncio.run(unless_stopped(in_thread(lambda: 3), asyncio.Event())) == 3
 
 
-def test_a_signal_is_told_and_a_second_one_ends_it() -> None:
+def test_a_signal_is_told_and_a_second_one_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Calls that other tests left half-done in this process would end it, and the tests with it.
+    left: list[int] = []
+    monkeypatch.setattr(run, "leave", left.append)
+
     async def main(stop: asyncio.Event) -> str:
         os.kill(os.getpid(), signal.SIGTERM)
         await stop.wait()
@@ -67,6 +72,7 @@ def test_a_signal_is_told_and_a_second_one_ends_it() -> None:
     assert run_async(quick) == ("done", None)
     with pytest.raises(KeyboardInterrupt):
         run_async(stubborn)
+    assert left == [128 + signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -77,6 +83,7 @@ def test_the_process_ends_with_its_code_while_a_call_goes_on() -> None:
         "async def main(stop):\n"
         "    asyncio.get_running_loop().call_later(0.05, stop.set)\n"
         "    await unless_stopped(in_thread(lambda: time.sleep(600)), stop)\n"
+        "assert leave(5) == 5\n"
         "run_async(main)\n"
         "print('told', end='')\n"
         "leave(143)\n"
@@ -86,4 +93,3 @@ def test_the_process_ends_with_its_code_while_a_call_goes_on() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (143, b"told")
     assert time.monotonic() - began < 300
-    assert leave(5) == 5
