@@ -6,18 +6,17 @@
     for output in llm.generate(["The capital of France is"], SamplingParams(max_tokens=8)):
         print(output.outputs[0].text)
 
-`import octavo` loads none of the heavy packages: each public name is imported when it is first
-used, so that `octavo --help` answers at once.
+`import octavo` loads nothing at all: each public name is imported when it is first used, so that
+`octavo --help` answers at once.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from octavo import errors
-
+TYPE_CHECKING = False  # typing itself takes as long as the rest of `import octavo`
 if TYPE_CHECKING:
+    from typing import Any
+
+    from octavo import errors
     from octavo.engine.async_engine import AsyncLLM
     from octavo.llm import LLM
     from octavo.outputs import CompletionOutput, RequestOutput
@@ -47,6 +46,10 @@ _WITH_TORCH = ("octavo.llm", "octavo.engine.async_engine")  # what they import t
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("octavo.errors")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")

@@ -23,6 +23,21 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def _do_not_end(code: int) -> None:
+    raise AssertionError(
+        f"an offline job would have ended the process with code {code}, and the tests with it: run it in a "
+        "process of its own"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tests_outlive_their_jobs() -> Iterator[None]:
+    """`octavo batch` ends its process where it leaves a model half-loaded; no test means this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("octavo.batch.run._end_process", _do_not_end)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """Folder of SmolLM2-135M-Instruct: OCTAVO_TEST_MODEL if set, else fetched once into the cache."""

@@ -123,7 +123,10 @@ def main(arguments: Sequence[str] | None = None, command: click.Command = cli) -
     try:
         # Not command.main(), which has its own mind about closed pipes and exit codes.
         with command.make_context(command.name, given, obj=session) as context:
-            result = command.invoke(context)
+            from octavo.platform.byte_code import kept_byte_code  # not for `octavo --help`
+
+            with kept_byte_code():
+                result = command.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as done:  # --help, --version
         return done.exit_code

@@ -5,6 +5,7 @@ memory plan) is made from it and can be tested by handing in another one.
 
     hardware      cores, memory, instruction sets, GPUs: what this process may use
     cgroup        the limits of containers and batch systems
+    byte_code     that of packages which have none, kept between starts
     head_start    what a start does while torch is being imported
     environment   variables that must be set before torch is imported; where the cache lies
     bandwidth     how fast main memory is read

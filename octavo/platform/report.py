@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.platform.byte_code import describe_byte_code
 from octavo.platform.environment import cache_root
 from octavo.platform.hardware import detect
 
@@ -69,6 +70,7 @@ def describe() -> Report:
         driver=machine.driver,
         cpu_kernels=_cpu_kernels(),
         cache=str(cache_root()),
+        byte_code=describe_byte_code(),
         environment=_environment(),
     )
 

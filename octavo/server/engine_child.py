@@ -83,7 +83,10 @@ def _command(fd: int, parent: int) -> list[str]:
     """The same interpreter, and the same places to import from."""
     # Nothing is imported before sys.path is ours: the folder it is started in is no place to import from.
     code = (
-        "import sys; sys.path[:] = sys.argv[3:]; "
-        "from octavo.engine.process import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+        "import sys; sys.path[:] = sys.argv[3:]\n"
+        "from octavo.platform.byte_code import kept_byte_code\n"
+        "with kept_byte_code():\n"
+        "    from octavo.engine.process import main\n"
+        "    main(int(sys.argv[1]), int(sys.argv[2]))"
     )
     return [sys.executable, "-c", code, str(fd), str(parent), *sys.path]

@@ -31,23 +31,41 @@ _LONGEST = 8192  # tokens of a context: no kernel's form depends on it
 _one_at_a_time = threading.Lock()  # engines of one process
 
 
+_loading = threading.Lock()
+
+
 class _CompilesAndLoads(ThreadPoolExecutor):
-    """Threads that also do what a kernel's first launch would: a C compiler makes its launcher.
-
-    One at a time does that, while the others compile. Every launcher is an extension module of the same
-    name, and where Python loads two of them at once, one kernel gets the launcher of another.
-    """
-
-    _loading = threading.Lock()
+    """Threads that also do what a kernel's first launch would: a C compiler makes its launcher."""
 
     def submit(self, compile_one: Callable[[], Any], /, *args: Any, **options: Any) -> Future[Any]:
         def compile_and_load() -> Any:
             kernel = compile_one(*args, **options)
-            with self._loading:
-                kernel.run  # noqa: B018  (makes the launcher and loads the code)
+            kernel.run  # noqa: B018  (makes the launcher and loads the code)
             return kernel
 
         return super().submit(compile_and_load)
+
+
+@contextmanager
+def _launchers_loaded_one_by_one() -> Iterator[None]:
+    """Triton's launchers are built by many threads and loaded by one at a time.
+
+    Every launcher is an extension module of the same name, and where Python loads two of them at once, one
+    kernel gets the launcher of another.
+    """
+    from triton.runtime import build
+
+    load = build._load_module_from_path
+
+    def one_by_one(name: str, path: str) -> Any:
+        with _loading:
+            return load(name, path)
+
+    build._load_module_from_path = one_by_one
+    try:
+        yield
+    finally:
+        build._load_module_from_path = load
 
 
 @contextmanager
@@ -68,7 +86,7 @@ def compiled_by_threads(threads: int) -> Iterator[None]:
         return launch(self, *args, grid=grid, warmup=warmup, **options)
 
     pool = _CompilesAndLoads(max(1, min(threads, MOST_THREADS)), "octavo-compile")
-    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with _launchers_loaded_one_by_one(), pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         JITFunction.run = only_compile
         try:
             yield
@@ -129,9 +147,11 @@ def _mark(config: EngineConfig) -> Path:
 
     small, args = _small(config), config.args
     speculative = config.speculative
+    models = [small.model, *([] if small.draft is None else [small.draft.model])]
     about = [
-        triton.__version__, config.platform.gpu, config.platform.driver, config.dtype, small.model,
-        small.draft and small.draft.model, args.block_size, args.deterministic, args.enforce_eager,
+        triton.__version__, config.platform.gpu, config.platform.driver, config.dtype,
+        [replace(model, model_path="") for model in models],  # wherever they lie
+        args.block_size, args.deterministic, args.enforce_eager,
         config.max_num_seqs, config.max_num_batched_tokens, config.attention_backend,
         speculative and (speculative.method, speculative.num_speculative_tokens, speculative.acceptance,
                          bool(speculative.synthetic_acceptance_rates)),

@@ -126,10 +126,10 @@ def test_an_abort_frees_all(running: Running) -> None:
 
 
 def test_a_fault_in_the_books_is_told(running: Running) -> None:
-    running.engine.scheduler._free_slots.pop()
+    running.engine.scheduler._slots._free.pop()
     running.take(wire.GetStats(1, True))
     assert "slot" in running.front.next(wire.Stats).fault
-    running.engine.scheduler._free_slots.append(0)
+    running.engine.scheduler._slots._free.append(0)
 
 
 def test_heartbeats_come_while_nothing_happens(running: Running) -> None:
