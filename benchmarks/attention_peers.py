@@ -89,7 +89,7 @@ class Shape:
                     prompt.attend(self.q, qkv[index], cache, self.out, meta, spec, plan)
 
             return chunks
-        plans = plans_of(meta, spec)
+        plans = plans_of(meta, spec, block_size=BLOCK_SIZE)
         scratch = Scratch.allocate(
             meta.num_tokens, meta.max_seq_len, spec, 4 * meta.num_tokens + 4, self.q.device
         )

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu_workloads import MODELS
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, launch, persistent, sample
+from octavo.kernels.triton import attention, launch, sample
 from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder, Layer, plans_of
 from octavo.models.gpu_ops import GpuOps, GpuPacked
 
@@ -127,19 +127,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, for a quick look")
     parser.add_argument("--plain-launches", action="store_true", help="without programmatic dependent launch")
     parser.add_argument("--few-rows", type=int, default=FEW_ROWS, help="most rows of the five-kernel path")
-    parser.add_argument(
-        "--one-kernel", choices=["ahead", "behind"],
-        help="one row of a small model as one kernel; its weights are loaded a phase ahead, or behind it",
-    )  # fmt: skip
+    parser.add_argument("--one-kernel", action="store_true", help="one row of a small model as one kernel")
     arguments = parser.parse_args()
-    persistent.AHEAD = arguments.one_kernel != "behind"
     if arguments.plain_launches:
         launch._can_launch_dependents = lambda index: False  # type: ignore[assignment]
     config = dict(MODELS[arguments.model])
     if arguments.layers:
         config["num_hidden_layers"] = arguments.layers
     with torch.inference_mode():
-        decoder, head = random_decoder(config, arguments.few_rows, runs_as_one=bool(arguments.one_kernel))
+        decoder, head = random_decoder(config, arguments.few_rows, runs_as_one=arguments.one_kernel)
         ops, packed = GpuOps(few_rows=arguments.few_rows), GpuPacked(head, None, "head")
         for rows in arguments.rows:
             meta = decode_batch(rows, arguments.context)
@@ -164,11 +160,11 @@ def main() -> None:
             def attend(
                 context: ForwardContext = context, q: torch.Tensor = q, spec: AttentionSpec = spec
             ) -> None:
-                plans, out = plans_of(context.attention, spec), torch.empty_like(q)
+                plans, out = plans_of(context.attention, spec, block_size=BLOCK_SIZE), torch.empty_like(q)
                 scratch = decoder._scratch_for(context.attention, plans)
-                for cache in context.kv_caches:
+                for index, cache in enumerate(context.kv_caches):
                     for plan in plans:
-                        attention.attend(q, cache, out, context.attention, spec, plan, scratch)
+                        attention.attend(q, cache, out, context.attention, spec, plan, scratch, index > 0)
 
             alone = milliseconds(capture(attend))
             logits = torch.randn(rows, config["vocab_size"], device="cuda") * 3

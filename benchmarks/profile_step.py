@@ -48,7 +48,7 @@ def kernel_bytes(config: dict[str, Any], batch: int, context: int) -> dict[str, 
         "gate_up_kernel": 4.0 * layers * hidden * width,
         "wide_gate_up_kernel": 4.0 * layers * hidden * width,
         "plain_kernel": 2.0 * hidden * config["vocab_size"],
-        "attention_kernel": 4.0 * layers * kv * batch * context,
+        "few_rows_kernel": 4.0 * layers * kv * batch * context,
     }
 
 

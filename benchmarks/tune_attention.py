@@ -30,26 +30,22 @@ from octavo.kernels.triton.decoder import narrow_tiling
 class Cut(NamedTuple):
     """One way to cut."""
 
-    group: int
+    block_q: int
     stages: int
-    warps: int
+    registers: int | None
     parts: int
 
 
 def cuts(rows: int, kv_heads: int) -> list[Cut]:
     """What is tried."""
     found = []
-    # Keys are found through the block table, so Triton makes a buffer of two stages.
-    for group, stages, warps in itertools.product((64, 128), (4, 6, 8), (4, 8)):
-        buffers = (stages - 2) // 2
-        if group > 128 or (warps == 8 and group == 64):
-            continue
-        if group * 512 * buffers > 140_000 or (rows <= 2 and buffers > 2):
+    for block_q, stages, registers in itertools.product((8, 16, 32), (2, 3, 4, 5), (None, 128)):
+        if (block_q > 8 and (stages > 3 or registers)) or (registers and stages > 2):
             continue
         for parts in (1, 2, 4, 8, 16):
             programs = rows * kv_heads * parts
             if 60 <= programs <= 2200 or (rows == 1 and parts == 16):
-                found.append(Cut(group, stages, warps, parts))
+                found.append(Cut(block_q, stages, registers, parts))
     return found
 
 
@@ -71,7 +67,7 @@ class Bench:
 
     def all(self, cut: Cut) -> Callable[[], None]:
         """The chain that is timed."""
-        tiling = QueryTiling(16, cut.stages, cut.warps, group=cut.group)
+        tiling = QueryTiling(cut.block_q, cut.stages, registers=cut.registers)
         scratch = Scratch.allocate(
             self.meta.num_tokens,
             self.meta.max_seq_len,
@@ -81,7 +77,7 @@ class Bench:
         )
 
         def work() -> None:
-            plan = attention.plan(self.meta, self.spec, tiling, cut.parts)
+            plan = attention.plan(self.meta, self.spec, tiling, cut.parts, block_size=BLOCK_SIZE)
             attention.attend(self.q, self.caches[0], self.out, self.meta, self.spec, plan, scratch, False)
             for cache in self.caches[1:]:
                 attention.attend(self.q, cache, self.out, self.meta, self.spec, plan, scratch, True)
@@ -113,7 +109,8 @@ def main() -> None:
     jobs = []
     for model in arguments.models:
         config = MODELS[model]
-        every = sorted({cut for rows in arguments.rows for cut in cuts(rows, config["num_key_value_heads"])})
+        wanted = {cut for rows in arguments.rows for cut in cuts(rows, config["num_key_value_heads"])}
+        every = sorted(wanted, key=str)
         shares = arguments.processes // len(arguments.models)
         jobs += [(config, 16, every[start::shares]) for start in range(shares)]
     with concurrent.futures.ProcessPoolExecutor(
@@ -133,9 +130,9 @@ def main() -> None:
                 print(rows, cut, repr(error)[:100], flush=True)
                 continue
             results.append((took, cut))
-        results.sort()
-        tiling, parts = narrow_tiling(rows, config["num_key_value_heads"])
-        now = Cut(tiling.group or attention.GROUP, tiling.stages, tiling.warps, parts)
+        results.sort(key=lambda result: result[0])
+        tiling, parts = narrow_tiling(rows, 1, bench.spec)
+        now = Cut(tiling.block_q, tiling.stages, tiling.registers, parts)
         for took, cut in results[: arguments.show] + [pair for pair in results if pair[1] == now]:
             print(
                 json.dumps({

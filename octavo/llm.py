@@ -96,6 +96,11 @@ class LLM:
         params = self._params_list(sampling_params, len(items))
         return self._run(items, params, single, stream, use_tqdm, add_special_tokens=True)
 
+    def check_chat(self) -> None:
+        """Raises the RequestError that every `chat` would end in, if there is one: no tokenizer, no chat
+        template, or one that is not Jinja."""
+        self._engine_parts().chat_template(None).check()
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

@@ -40,10 +40,15 @@ class PagedRun:
             for spec in model.attention_specs
         ]
 
-    def step(self, rows: Sequence[tuple[int, Sequence[int]]], padding: int = 0) -> torch.Tensor:
+    def step(
+        self,
+        rows: Sequence[tuple[int, Sequence[int]]],
+        padding: int = 0,
+        wanted: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Compute the given tokens of the given requests: logits of every row [rows, vocab_size].
 
-        `padding` appends that many padding rows to the last request's.
+        `padding` appends that many padding rows to the last request's. `wanted`: only these rows' logits.
         """
         ids: list[int] = []
         positions: list[int] = []
@@ -77,9 +82,15 @@ class PagedRun:
             max_seq_len=max(seq_lens),
         )
         hidden = self.model.forward(
-            torch.tensor(ids, dtype=torch.int64), position_tensor, ForwardContext(metadata, self.kv_caches)
+            torch.tensor(ids, dtype=torch.int64),
+            position_tensor,
+            ForwardContext(
+                metadata,
+                self.kv_caches,
+                None if wanted is None else torch.tensor(wanted, dtype=torch.int64),
+            ),
         )
-        return self.model.logits(hidden[:num_rows])
+        return self.model.logits(hidden[:num_rows] if wanted is None else hidden)
 
     def greedy(self, request: int, prompt: Sequence[int], num_tokens: int, chunk: int = 0) -> list[int]:
         """Prefill in chunks (0: whole), then decode: the tokens drawn."""

@@ -32,12 +32,34 @@ def test_a_gpu_gets_its_kernels_names_worked_out(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(module, "_hash_triton", hash_triton)
     monkeypatch.setattr(module, "_NVIDIA_DRIVER", tmp_path)  # something that exists
+    before = sys.getswitchinterval()
     with head_start():
         assert hashed.wait(60)
         assert "octavo-head-start" in threads()
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
         assert not gc.isenabled()
+    assert sys.getswitchinterval() == pytest.approx(before)
     assert gc.isenabled()
-    go_on.set()
+    threading.Timer(0.05, go_on.set).start()
+    module.wait_for_digest()
+    assert "octavo-head-start" not in threads()
+
+
+@pytest.mark.usefixtures("before_torch")
+def test_what_was_imported_is_not_looked_at_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    enable = gc.enable
+    oldest: list[int] = []
+
+    def look_and_enable() -> None:
+        oldest.extend(map(id, gc.get_objects(2)))
+        enable()
+
+    monkeypatch.setattr(module, "_NVIDIA_DRIVER", tmp_path / "missing")
+    monkeypatch.setattr(gc, "enable", look_and_enable)
+    with head_start():
+        made: list[list[int]] = [[] for _ in range(100)]
+    assert set(map(id, made)) <= set(oldest)
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("before_torch")

@@ -108,6 +108,28 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert [o.outputs[0].token_ids for o in several] == [chatted.outputs[0].token_ids] * 2
 
 
+def test_a_broken_chat_template_is_known_from_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
+    folder = make_checkpoint(tmp_path / "m", tokenizer=True)
+    (folder / "chat_template.jinja").write_text("fine\n{% if %}", encoding="utf-8")
+    small: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "8MB"}
+    with LLM(str(folder), **small) as broken:
+        words = "the chat template (chat_template.jinja) has a syntax error in line 2"
+        (warning,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+        assert warning.startswith(words)
+        assert str(folder) in warning
+        for ask in (broken.check_chat, lambda: broken.chat([{"role": "user", "content": "hi"}], GREEDY)):
+            with pytest.raises(RequestError, match=re.escape(words)):
+                ask()
+        assert generate(broken, "hello").token_ids  # what needs no template is served
+    with LLM(str(folder), chat_template="{{ messages[0].content }}", **small) as given:
+        given.check_chat()
+    with pytest.raises(ConfigError, match="syntax error in line 1"):
+        LLM(str(folder), chat_template="{% endif %}", **small)
+
+
 def test_chat_takes_the_rest_of_the_context(llm: LLM) -> None:
     (output,) = llm.chat(
         [{"role": "user", "content": "hi"}], SamplingParams(temperature=0, ignore_eos=True), use_tqdm=False
@@ -413,9 +435,15 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
         LLM(str(folder))
 
 
-def test_a_model_without_a_tokenizer_works_on_ids(tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_works_on_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
     folder = make_checkpoint(tmp_path / "m")
+    LLM(str(folder), kv_cache_memory="8MB", skip_tokenizer_init=True).shutdown()
+    assert f"{folder} holds no tokenizer" not in caplog.text
     with LLM(str(folder), dtype="float32", kv_cache_memory="8MB") as llm:
+        assert f"{folder} holds no tokenizer: prompts must be token ids" in caplog.text
         (output,) = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 12
         assert output.outputs[0].text == ""

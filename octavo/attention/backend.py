@@ -47,6 +47,7 @@ class AttentionMetadata:
     max_seq_len: int  # an upper bound; the host knows no better
     table_rows: torch.Tensor | None = None  # [num_reqs] int32, rows of block_table; None: 0, 1, 2 …
     min_query_len: int = 1  # no request has fewer rows, padding included
+    usual_query_len: int | None = None  # rows that a request has as a rule, where the longest is but a bound
     # (row of block_table, first token row, rows, position of the first) of chunks that are worth a kernel of
     # their own, where the host knows them: all of so many rows, or all of them that begin their request
     long_chunks: tuple[tuple[int, int, int, int], ...] = ()
@@ -68,6 +69,26 @@ class AttentionMetadata:
             max_seq_len=0,
         )
 
+    def only(self, rows: torch.Tensor) -> AttentionMetadata:
+        """These token rows ([L] int64, ascending) alone, each a request of one row; nothing waits."""
+        count, device = len(rows), rows.device
+        ends = self.query_start_loc[1 : self.num_reqs + 1]
+        request = torch.searchsorted(ends, rows.int(), right=True)
+        request = request.clamp(max=self.num_reqs - 1)  # padding behind the last request is anybody's
+        positions = self.positions[rows]
+        return AttentionMetadata(
+            query_start_loc=torch.arange(count + 1, dtype=torch.int32, device=device),
+            seq_lens=(positions + 1).int(),
+            block_table=self.block_table,
+            slot_mapping=self.slot_mapping[rows],
+            positions=positions,
+            num_reqs=count,
+            num_tokens=count,
+            max_query_len=1,
+            max_seq_len=self.max_seq_len,
+            table_rows=request.int() if self.table_rows is None else self.table_rows[request],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
@@ -75,6 +96,9 @@ class ForwardContext:
 
     attention: AttentionMetadata
     kv_caches: list[torch.Tensor]  # one a layer, shaped by the backend
+    # [L] int64, ascending: token rows whose hidden states are wanted. The others store their keys and values
+    # in every layer, and nobody computes what the last one would do with them behind that. None: all rows.
+    wanted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

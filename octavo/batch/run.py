@@ -13,11 +13,15 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_THREAD_NAME = "octavo-load"
+# Calls of `in_thread` that have not ended: those of the present run, not of others of the same process.
+_open_calls: ContextVar[set[object] | None] = ContextVar("octavo-open-calls", default=None)
+_end_process = os._exit
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -26,6 +30,7 @@ def run_async(main: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> tuple[
 
     Raises what `main` raises; KeyboardInterrupt after a second signal. For the main thread.
     """
+    _open_calls.set(set())
     try:
         return asyncio.run(_with_signals(main))
     except KeyboardInterrupt:
@@ -34,14 +39,15 @@ def run_async(main: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> tuple[
 
 
 def leave(code: int) -> int:
-    """The exit code, unless a call of `in_thread` was left half-done: then the process ends here with it.
+    """The exit code, unless the last run left a call of `in_thread` half-done: then the process ends here
+    with it.
 
     The interpreter's own end would take down the libraries below a model that is still being loaded.
     """
-    if any(thread.name == _THREAD_NAME for thread in threading.enumerate()):
+    if _open_calls.get():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        _end_process(code)
     return code
 
 
@@ -64,16 +70,24 @@ async def in_thread(call: Callable[[], T], drop: Callable[[T], None] = lambda re
         if not found.cancelled():
             found.set_exception(error)
 
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed
-            try:
-                result = call()
-            except BaseException as error:  # whoever waits gets it
-                loop.call_soon_threadsafe(tell_error, error)
-            else:
-                loop.call_soon_threadsafe(tell, result)
+    open_calls = _open_calls.get()
 
-    threading.Thread(target=run, name=_THREAD_NAME, daemon=True).start()
+    def run() -> None:
+        answer: Callable[[], None]
+        try:
+            result = call()
+        except BaseException as error:  # whoever waits gets it
+            answer = partial(tell_error, error)
+        else:
+            answer = partial(tell, result)
+        if open_calls is not None:
+            open_calls.discard(run)
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(answer)
+
+    if open_calls is not None:
+        open_calls.add(run)
+    threading.Thread(target=run, name="octavo-load", daemon=True).start()
     return await found
 
 

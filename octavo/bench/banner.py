@@ -14,6 +14,7 @@ METHODS = {
     "speculative": "speculative decoding",
     "prompt_lookup": "speculative decoding by prompt lookup",
 }
+_SERVERS_OWN = "the one that the server names"
 _OPTION_NAMES = {
     "tensor_parallel_size": "Tensor Parallel",
     "pipeline_parallel_size": "Pipeline Parallel",
@@ -39,7 +40,12 @@ def configuration(spec: RunSpec, prompts: str, output: str | None) -> list[str]:
     ]
     if spec.engine == "url":
         lines.append(f"URL: {spec.url}")
-    lines += ["", "Models:", f"  Target Model: {spec.model}", f"  Drafter Model: {spec.drafter or '-'}"]
+    lines += [
+        "",
+        "Models:",
+        f"  Target Model: {spec.model or _SERVERS_OWN}",
+        f"  Drafter Model: {spec.drafter or '-'}",
+    ]
     options = {name: value for name, value in spec.engine_options.items() if value is not None}
     if options:
         lines += ["", f"{spec.engine} Configuration:"]
@@ -68,7 +74,7 @@ def configuration(spec: RunSpec, prompts: str, output: str | None) -> list[str]:
 def starting(spec: RunSpec) -> list[str]:
     """The lines before the engine is opened."""
     lines = [f"Starting the {spec.engine} engine ({METHODS[spec.method]}) ..."]
-    lines.append(f"  Target model: {spec.model}")
+    lines.append(f"  Target model: {spec.model or _SERVERS_OWN}")
     if spec.drafter:
         lines.append(f"  Drafter model: {spec.drafter}")
     if spec.drafts is not None:

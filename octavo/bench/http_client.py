@@ -8,7 +8,7 @@ token ids along, by those.
 
 from __future__ import annotations
 
-import json
+import errno
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from octavo.bench.openai_stream import NotAChunkError, chunk_of, error_message, is_end, pieces_of, server_root
 from octavo.bench.sse import EventReader
 from octavo.bench.target import Answer, TargetError, TargetRequest
 
@@ -48,7 +49,7 @@ class HttpJob:
     @property
     def base(self) -> str:
         """The URL up to and without /v1."""
-        return self.url.rstrip("/").removesuffix("/v1").rstrip("/")
+        return server_root(self.url)
 
     def path_and_body(self, request: TargetRequest) -> tuple[str, dict[str, Any]]:
         """What is posted, and where."""
@@ -154,15 +155,13 @@ class _Stream:
 
     def event(self, data: str, moment: float) -> None:
         """One event's data."""
-        if data.strip() == "[DONE]":
+        if is_end(data):
             self.done = True
             return
         try:
-            chunk = json.loads(data)
-        except ValueError:
-            raise TargetError("protocol", f"an event is not JSON: {data[:200]!r}") from None
-        if not isinstance(chunk, Mapping):
-            raise TargetError("protocol", f"an event is no object: {data[:200]!r}")
+            chunk = chunk_of(data)
+        except NotAChunkError as error:
+            raise TargetError("protocol", str(error)) from None
         if chunk.get("error") is not None:
             raise TargetError("server_error", _error_text(data))
         usage = chunk.get("usage")
@@ -172,7 +171,7 @@ class _Stream:
             self._choice(choice, moment)
 
     def _choice(self, choice: Mapping[str, Any], moment: float) -> None:
-        text = _content(choice)
+        text = pieces_of(choice).text
         ids = choice.get("token_ids")
         tokens = len(ids) if isinstance(ids, list) else None
         if isinstance(ids, list):
@@ -205,21 +204,6 @@ class _Stream:
             raise TargetError("cut_off", "the stream ended without a finish_reason and without [DONE]")
 
 
-def _content(choice: Mapping[str, Any]) -> str:
-    """What a reader of the answer would see or could unfold: content, reasoning, a tool call's words."""
-    if isinstance(choice.get("text"), str):
-        return str(choice["text"])
-    delta = choice.get("delta")
-    if not isinstance(delta, Mapping):
-        return ""
-    parts = [delta.get(name) for name in ("reasoning_content", "reasoning", "content", "refusal")]
-    for call in delta.get("tool_calls") or ():
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping):
-            parts += [function.get("name"), function.get("arguments")]
-    return "".join(part for part in parts if isinstance(part, str))
-
-
 def _note_usage(answer: Answer, usage: Mapping[str, Any]) -> None:
     if isinstance(usage.get("completion_tokens"), int):
         answer.generated_tokens = usage["completion_tokens"]
@@ -249,14 +233,8 @@ def _spread(pieces: list[tuple[float, str, int | None]], total: int | None) -> l
 
 
 def _error_text(body: str) -> str:
-    """An OpenAI error's message, or whatever else the body says."""
-    try:
-        plain = json.loads(body)
-    except ValueError:
-        plain = None
-    error = plain.get("error", plain.get("message", plain.get("detail"))) if isinstance(plain, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return str(message or body.strip() or "(no text)")[:LONGEST_ERROR]
+    """An error's message, or whatever else the body says."""
+    return (error_message(body) or body.strip() or "(no text)")[:LONGEST_ERROR]
 
 
 def _connection_error(error: BaseException, url: str) -> TargetError:
@@ -264,6 +242,8 @@ def _connection_error(error: BaseException, url: str) -> TargetError:
     os_error = getattr(error, "os_error", cause)
     if isinstance(os_error, ConnectionRefusedError) or "refused" in str(error).lower():
         return TargetError("refused", f"nothing listens at {url} (connection refused)")
+    if getattr(error, "errno", None) in (errno.ECONNRESET, errno.EPIPE):
+        return TargetError("cut_off", f"the connection ended in the middle: {error}")
     if isinstance(error, TimeoutError):
         return TargetError("connect", f"{url} did not answer in time")
     return TargetError("connect", f"{url} cannot be reached: {type(error).__name__}: {error}")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from octavo.bench.openai_stream import server_root
 from octavo.bench.slo import parse_slo
 from octavo.bench.spec_parts import BatchSpec, LoadSpec, PlacementSpec, SamplingSpec, one_of
 from octavo.errors import ConfigError, OctavoError
@@ -141,7 +142,8 @@ class RunSpec:
                 )
         elif not 1 <= count <= 16:
             raise ConfigError(
-                f"VLLM_NUM_SPECULATIVE_TOKENS (or GAMMA_VALUE) must be 1 to 16 or auto, not {count}"
+                f"VLLM_NUM_SPECULATIVE_TOKENS (or GAMMA_VALUE, --num-speculative-tokens) must be 1 to 16 or "
+                f"auto, not {count}"
             )
 
     def _check_engine(self) -> None:
@@ -166,7 +168,9 @@ class RunSpec:
         if not self.request_timeout > 0:
             raise ConfigError(f"the request timeout must be above 0 seconds, not {self.request_timeout:g}")
         if not self.monitor_interval > 0:
-            raise ConfigError(f"GPU_MONITOR_INTERVAL must be above 0 seconds, not {self.monitor_interval:g}")
+            raise ConfigError(
+                f"GPU_MONITOR_INTERVAL (--monitor-interval) must be above 0 s, not {self.monitor_interval:g}"
+            )
         self.batch.check()
         self.placement.check()
 
@@ -179,7 +183,9 @@ class RunSpec:
             )
         size = self.engine_options.get("tensor_parallel_size", 1)
         if size < 1:
-            raise ConfigError(f"VLLM_TENSOR_PARALLEL_SIZE must be at least 1, not {size}")
+            raise ConfigError(
+                f"VLLM_TENSOR_PARALLEL_SIZE (--tensor-parallel-size) must be at least 1, not {size}"
+            )
         if size == 1 or self.engine == "url":
             return
         there = gpu_count()
@@ -273,10 +279,8 @@ def parse_engine(text: str) -> dict[str, Any]:
 
     Raises ConfigError for anything else, with the nearest name.
     """
-    if text.startswith("url="):
-        return {"engine": "url", "url": text[len("url=") :].rstrip("/")}
-    if text.startswith(("http://", "https://")):
-        return {"engine": "url", "url": text.rstrip("/")}
+    if text.startswith(("url=", "http://", "https://")):
+        return {"engine": "url", "url": server_root(text.removeprefix("url="), "a url engine (url=…, --url)")}
     if text in ("octavo-served", "vllm-served"):
         return {"engine": text.removesuffix("-served"), "served": True}
     if text == "url":

@@ -39,13 +39,15 @@ class SamplingSpec:
         if self.max_tokens < 1:
             raise ConfigError(f"GENERATION_LENGTH (--max-tokens) must be at least 1, not {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"TEMPERATURE must be 0 (greedy) or more, not {self.temperature}")
+            raise ConfigError(
+                f"TEMPERATURE (--temperature) must be 0 (greedy) or more, not {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"TOP_P must be above 0 and at most 1 (off), not {self.top_p}")
+            raise ConfigError(f"TOP_P (--top-p) must be above 0 and at most 1 (off), not {self.top_p}")
         if self.top_k < -1:
-            raise ConfigError(f"TOP_K must be 0 (off) or more, not {self.top_k}")
+            raise ConfigError(f"TOP_K (--top-k) must be 0 (off) or more, not {self.top_k}")
         if self.seed < 0:
-            raise ConfigError(f"SEED must be 0 or more, not {self.seed}")
+            raise ConfigError(f"SEED (--seed) must be 0 or more, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class LoadSpec:
         """Raise ConfigError for an illegal value."""
         one_of(self.arrival, ARRIVALS, "ARRIVAL (--arrival)")
         if self.num_prompts < 0:
-            raise ConfigError(f"NUM_PROMPTS must be 0 (by time) or more, not {self.num_prompts}")
+            raise ConfigError(
+                f"NUM_PROMPTS (--num-prompts) must be 0 (by time) or more, not {self.num_prompts}"
+            )
         if self.open_loop and self.arrival != "trace" and not self.rate > 0:
             raise ConfigError(
                 f"AUTO_RATE (--rate) is {self.rate:g} requests a second, so none would ever come: give a "
@@ -88,11 +92,13 @@ class LoadSpec:
         if self.all_at_once and not self.num_prompts:
             raise ConfigError("AUTO_RATE=inf sends everything at once: say how many with NUM_PROMPTS")
         if not self.num_prompts and not (math.isfinite(self.duration) and self.duration > 0):
-            raise ConfigError(f"AUTO_DURATION must be above 0 seconds, not {self.duration:g}")
+            raise ConfigError(f"AUTO_DURATION (--duration) must be above 0 seconds, not {self.duration:g}")
         if not (math.isfinite(self.burstiness) and self.burstiness > 0):
-            raise ConfigError(f"BURSTINESS must be above 0 (1 is Poisson), not {self.burstiness:g}")
+            raise ConfigError(
+                f"BURSTINESS (--burstiness) must be above 0 (1 is Poisson), not {self.burstiness:g}"
+            )
         if self.concurrency < 1:
-            raise ConfigError(f"CONCURRENCY must be at least 1, not {self.concurrency}")
+            raise ConfigError(f"CONCURRENCY (--concurrency) must be at least 1, not {self.concurrency}")
         if self.arrival == "trace":
             if not self.trace_file:
                 raise ConfigError("ARRIVAL=trace needs a file: ARRIVAL=path/to/trace.jsonl, or --trace FILE")
@@ -123,7 +129,7 @@ class BatchSpec:
     def check(self) -> None:
         """Raise ConfigError for an illegal value."""
         if self.size < 1:
-            raise ConfigError(f"BATCH_SIZE must be at least 1, not {self.size}")
+            raise ConfigError(f"BATCH_SIZE (--batch-size) must be at least 1, not {self.size}")
         if self.max_length < 1:
             raise ConfigError(f"MAX_BATCH_LENGTH must be at least 1, not {self.max_length}")
 

@@ -12,6 +12,7 @@ import click
 
 from octavo.cli.console import show_log
 from octavo.cli.options import SectionCommand, engine_kwargs, engine_options
+from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.batch.compare.check import Comparison
@@ -51,6 +52,8 @@ def command(
     if type(one) is not type(other):
         raise click.UsageError(f"{a} and {b} are results of different kinds of jobs.")
     found = compare(one, other, max_shown=show)
+    if found.is_same and not found.num_pairs:
+        raise ConfigError(f"{a} and {b} hold no results: there is nothing to compare")
     if any(difference.text is not None for difference in found.shown):
         asyncio.run(_explain(found, one, input_file, kwargs))
     if as_json:
@@ -64,7 +67,6 @@ async def _explain(
     found: Comparison, results: ResultSet, input_file: Path | None, kwargs: dict[str, Any]
 ) -> None:
     from octavo.batch.compare.explain import Scorer, explain
-    from octavo.errors import ConfigError
 
     if "model" not in kwargs:
         await explain(found, _origins(results, input_file, None), None)

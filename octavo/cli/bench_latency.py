@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from octavo.cli.bench_options import BenchCommand, bench_options, options_from, run_and_write
+from octavo.cli.bench_options import BenchCommand, bench_options, named_for, options_from, run_and_write
 
 
 @click.command(cls=BenchCommand)
 @bench_options
 def command(report: bool, quiet: bool, **given: Any) -> int:
     """Measure latency with --concurrency requests open at a time (1, unless it says otherwise)."""
-    options = options_from(given)
+    options = named_for("latency", options_from(given), given)
     if given.get("rate") is not None or options.arrival not in ("poisson", "closed"):
         raise click.UsageError(
             "latency is a closed loop, without --rate or --arrival: see octavo bench serve for those"

@@ -42,7 +42,7 @@ _FLAGS: tuple[tuple[type[SectionOption], str, str, Any, str], ...] = (
     (_ENGINE, "--engine", "engine", str, "octavo, transformers, vllm, octavo-served, vllm-served, url=…"),
     (_ENGINE, "--url", "url", str, "the same as --engine url=URL"),
     (_ENGINE, "--method", "method", str, "target_ar, drafter_ar, speculative, prompt_lookup [by --drafter]"),
-    (_ENGINE, "--model", "model", str, "folder, .gguf file, hub id, alias; a url's served name [smollm2]"),
+    (_ENGINE, "--model", "model", str, "folder, .gguf file, hub id, alias [smollm2]; a url's served name"),
     (_ENGINE, "--drafter", "drafter", str, "draft model"),
     (_ENGINE, "--num-speculative-tokens", "num_speculative_tokens", parse_drafts, "drafts: 1-16, auto"),
     (_ENGINE, "--dtype", "engine:dtype", str, "auto, half, float16, bfloat16, float32 [auto]"),
@@ -118,7 +118,10 @@ def _checked(kind: Any) -> Any:
 
 def options_from(given: Mapping[str, Any], base: BenchOptions | None = None) -> BenchOptions:
     """`base` with the flags that were given. Raises UsageError where two contradict each other."""
-    base = base if base is not None else BenchOptions(api_key=os.environ.get("OPENAI_API_KEY") or None)
+    if base is None:
+        base = BenchOptions(api_key=os.environ.get("OPENAI_API_KEY") or None)
+        if given.get("url") or str(given.get("engine")).startswith(("url=", "http://", "https://")):
+            base = replace(base, model="")  # the server's own, if it has one
     known = {field.name for field in fields(BenchOptions)}
     values = {name: value for name, value in given.items() if value is not None and name in known}
     engine = dict(base.engine_options)
@@ -140,6 +143,14 @@ def options_from(given: Mapping[str, Any], base: BenchOptions | None = None) -> 
         values["arrival"] = "closed"
     values["engine_options"] = engine
     return replace(base, **values)
+
+
+def named_for(verb: str, options: BenchOptions, given: dict[str, Any]) -> BenchOptions:
+    """With a result file of the verb's own, where none was named: one measurement is not in another's way."""
+    if given.get("output") is not None:
+        return options
+    path = Path(options.output)
+    return replace(options, output=str(path.with_stem(f"{path.stem}_{verb}")))
 
 
 def _plain(text: str) -> Any:

@@ -20,6 +20,9 @@ def command(report: bool, quiet: bool, **given: Any) -> int:
     """
     from octavo.bench.context import fit_context
 
-    options = options_from(given, read_variables(os.environ))
+    environment = dict(os.environ)
+    if given.get("url") or given.get("engine"):  # which variables count is the engine's affair
+        environment["INFERENCE_ENGINE"] = given.get("engine") or f"url={given['url']}"
+    options = options_from(given, read_variables(environment))
     options.spec().check()  # before the model is looked for
     return run_and_write(fit_context(options), report=report, quiet=quiet)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from octavo.cli.bench_options import BenchCommand, bench_options, options_from, run_and_write
+from octavo.cli.bench_options import BenchCommand, bench_options, named_for, options_from, run_and_write
 
 
 @click.command(cls=BenchCommand)
@@ -20,7 +20,7 @@ def command(in_process: bool, report: bool, quiet: bool, **given: Any) -> int:
     and ended with it. Requests come at --rate (Poisson), or --concurrency are kept open; latencies count from
     the moment a request was due.
     """
-    options = options_from(given)
+    options = named_for("serve", options_from(given), given)
     if given.get("num_prompts") is None and given.get("duration") is None:
         options = replace(options, num_prompts=64)
     if not in_process and options.engine in ("octavo", "vllm"):

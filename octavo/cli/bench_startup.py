@@ -35,5 +35,5 @@ def command(report: bool, quiet: bool, **given: Any) -> int:
             click.echo(f"{name.replace('_', ' '):<12} p50 {values['p50']:.2f} s, mean {values['mean']:.2f} s")
     for record in result.failures:
         click.echo(f"FAILED: {record.error}")
-    click.echo(f"Result: {path}")
+    click.echo(f"  Result: {path}")
     return result.exit_code

@@ -61,14 +61,13 @@ def command(
         tell=tell,
     )
     told = result.to_json()
-    click.echo(f"keeps up to {told['over']} {_show(told['highest_kept_up'])}; not at "
-               f"{_show(told['lowest_not_kept_up'])}")  # fmt: skip
+    click.echo(_verdict(told["over"], told["highest_kept_up"], told["lowest_not_kept_up"]))
     if told["best_goodput"] is not None:
         click.echo(
             f"best goodput {told['best_goodput']:.2f} requests/s at {told['over']} "
             f"{told['best_goodput_at']:g}"
         )
-    click.echo(f"Result: {path}")
+    click.echo(f"  Result: {path}")
     if report:
         write_page([point.result for point in result.points], path.with_suffix(".html"))
     return result.exit_code
@@ -81,8 +80,12 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise ConfigError(f"write numbers with commas between them, such as 1,2,4: not {text!r}") from None
 
 
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
+def _verdict(over: str, kept_up: float | None, lost: float | None) -> str:
+    if kept_up is None:
+        return f"does not keep up with {over} {lost:g}" if lost is not None else "no point was measured"
+    return f"keeps up to {over} {kept_up:g}; " + (
+        f"not at {lost:g}" if lost is not None else "more was not tried"
+    )
 
 
 def _line(point: Any, open_loop: bool) -> str:

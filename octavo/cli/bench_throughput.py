@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from octavo.cli.bench_options import BenchCommand, bench_options, options_from, run_and_write
+from octavo.cli.bench_options import BenchCommand, bench_options, named_for, options_from, run_and_write
 
 
 @click.command(cls=BenchCommand)
 @bench_options
 def command(report: bool, quiet: bool, **given: Any) -> int:
     """Measure tokens a second with all requests there from the start (64 of them, unless --num-prompts)."""
-    options = options_from(given)
+    options = named_for("throughput", options_from(given), given)
     if given.get("rate") is None and options.arrival == "poisson":
         options = replace(options, rate=math.inf)
     if given.get("num_prompts") is None:

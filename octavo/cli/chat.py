@@ -91,6 +91,7 @@ def command(
         prompt = read_stdin()  # before a model is loaded for nothing
     llm = load_llm({"model": model or DEFAULT_MODEL, **engine}, quiet=quiet)
     try:
+        llm.check_chat()  # rather than after the first message was typed
         local = LocalModel(llm, with_model_defaults(llm, params), show_drafts=show_drafts)
         _talk(Chat(local, system), prompt)
     finally:
@@ -166,6 +167,11 @@ class Chat:
         first = self.messages[0] if self.messages else None
         return first["content"] if first is not None and first["role"] == "system" else None
 
+    @property
+    def has_begun(self) -> bool:
+        """True if there is something to forget."""
+        return len(self.messages) > (self.system is not None)
+
     def answer(self, text: str) -> bool:
         """Stream the answer to `text` and remember both; True if it was interrupted.
 
@@ -221,6 +227,8 @@ def _converse(chat: Chat) -> None:
             chat.answer(line)
         except RequestError as error:  # too long a conversation, say; the engine is fine
             click.echo(f"octavo: error: {error}", err=True)
+            if error.param == "prompt" and chat.has_begun:
+                click.echo("(/reset forgets the conversation so far)", err=True)
 
 
 def _read_line(interactive: bool) -> str:

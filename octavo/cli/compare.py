@@ -5,6 +5,7 @@ With result files instead of engines it compares what was measured before.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,10 @@ def command(
     prompts = compare.choose_prompts(specs, source)
     for spec in specs:
         prepare(spec, prompts)  # everything that can be refused is refused before the first model is loaded
+        if spec.engine == "url":
+            from octavo.bench.targets.url import check_server
+
+            asyncio.run(check_server(spec))
     for warning in dict.fromkeys([*prompts.warnings, *(w for spec in specs for w in spec.check())]):
         tell(f"WARNING: {warning}")
     results, paths, not_run = compare.run_all(planned, prompts, force=force, quiet=quiet, tell=tell)

@@ -10,7 +10,6 @@ import http.client
 import json
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +17,15 @@ from typing import Any
 
 import click
 
+from octavo.bench.openai_stream import (
+    NotAChunkError,
+    chunk_of,
+    error_message,
+    is_end,
+    model_names,
+    pieces_of,
+    server_root,
+)
 from octavo.bench.sse import EventReader
 from octavo.cli.console import Speed
 from octavo.errors import RequestError
@@ -29,11 +37,11 @@ PAGE_SECONDS = 10.0
 class RemoteModel:
     """One model of a server. `options` are the request's fields beside model and messages.
 
-    Raises click.UsageError if `url` is none, RequestError if nobody there speaks the protocol.
+    Raises ConfigError if `url` is none, RequestError if nobody there speaks the protocol.
     """
 
     def __init__(self, url: str, model: str | None, key: str | None, options: Mapping[str, Any]) -> None:
-        self._base = base_of(url)
+        self._base = server_root(url) + "/v1"
         self._headers = {"Content-Type": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -42,11 +50,9 @@ class RemoteModel:
 
     def _first_model(self) -> str:
         with closing(self._open("/models", None, PAGE_SECONDS)) as page:
-            text = page.read()
-        try:
-            names = [str(model["id"]) for model in json.loads(text)["data"]]
-        except (ValueError, KeyError, TypeError):
-            raise RequestError(f"{self._base}/models does not answer as OpenAI's servers do") from None
+            names = model_names(page.read())
+        if names is None:
+            raise RequestError(f"{self._base}/models does not answer as OpenAI's servers do")
         if not names:
             raise RequestError(f"{self._base} serves no model")
         return names[0]
@@ -67,7 +73,8 @@ class RemoteModel:
         try:
             for chunk in self._chunks(body):
                 now = time.perf_counter() - start
-                content, reasoning = _pieces(chunk)
+                pieces = pieces_of(next(iter(chunk.get("choices") or ()), {}))
+                content, reasoning = pieces.content + pieces.other, pieces.reasoning
                 if content or reasoning:
                     speed.first = now if speed.first is None else speed.first
                     speed.last = now
@@ -86,7 +93,7 @@ class RemoteModel:
             click.echo()
         return text, speed, stopped
 
-    def _chunks(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _chunks(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         """The stream's objects up to [DONE]."""
         reader, ended = EventReader(), False
         try:
@@ -95,7 +102,7 @@ class RemoteModel:
             ) as stream:
                 while not ended and (piece := stream.read1(1 << 16)):
                     for event in reader.feed(piece):
-                        if event.strip() == "[DONE]":
+                        if is_end(event):
                             ended = True
                         else:
                             yield _chunk(event)
@@ -119,33 +126,14 @@ class RemoteModel:
         return response
 
 
-def base_of(url: str) -> str:
-    """A server's URL with /v1, whichever way it was written. Raises click.UsageError."""
-    whole = url if "://" in url else f"http://{url}"
-    parts = urllib.parse.urlsplit(whole)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise click.UsageError(f"--url must be like http://127.0.0.1:8000, not {url!r}")
-    return whole.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
-
-
-def _chunk(event: str) -> dict[str, Any]:
+def _chunk(event: str) -> Mapping[str, Any]:
     try:
-        chunk = json.loads(event)
-    except ValueError:
-        chunk = None
-    if not isinstance(chunk, dict):
-        raise RequestError(f"the server's stream holds what is no JSON object: {event[:200]!r}")
-    if chunk.get("error"):
-        raise RequestError(_message(chunk) or "the server failed")
+        chunk = chunk_of(event)
+    except NotAChunkError as error:
+        raise RequestError(f"the server's stream cannot be read: {error}") from None
+    if chunk.get("error") is not None:
+        raise RequestError(error_message(chunk) or "the server failed")
     return chunk
-
-
-def _pieces(chunk: Mapping[str, Any]) -> tuple[str, str]:
-    """(content, reasoning) that a chunk brings."""
-    choices = chunk.get("choices") or [{}]
-    delta = choices[0].get("delta") or {}
-    content, reasoning = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
-    return content if isinstance(content, str) else "", reasoning if isinstance(reasoning, str) else ""
 
 
 def _count(chunk: Mapping[str, Any], speed: Speed) -> None:
@@ -156,18 +144,6 @@ def _count(chunk: Mapping[str, Any], speed: Speed) -> None:
 
 
 def _refusal(status: int, body: bytes) -> RequestError:
-    try:
-        message = _message(json.loads(body))
-    except ValueError:
-        message = None
+    message = error_message(body) or http.client.responses.get(status, "")
     hint = "; OPENAI_API_KEY holds the key that is sent" if status == 401 else ""
-    return RequestError(
-        f"the server answered {status}: {message or http.client.responses.get(status, '')}{hint}"
-    )
-
-
-def _message(body: Any) -> str | None:
-    """An OpenAI error's message; a plain text under `error` or `message` is one as well."""
-    error = body.get("error", body.get("message")) if isinstance(body, dict) else None
-    found = error.get("message") if isinstance(error, dict) else error
-    return found if isinstance(found, str) else None
+    return RequestError(f"the server answered {status}: {message}{hint}")

@@ -32,7 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "msgspec")
 # Variables that mean something to other parts of Octavo.
-OTHER_VARIABLES = ("OCTAVO_CACHE", "OCTAVO_TEST_MODEL", "OCTAVO_TEST_THREADS")
+OTHER_VARIABLES = ("OCTAVO_BYTECODE", "OCTAVO_CACHE", "OCTAVO_TEST_MODEL", "OCTAVO_TEST_THREADS")
 _TYPES: dict[str, Any] = {
     "str": str,
     "str | None": str,

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 from math import log
 
-MAX_DRAFTS = 16  # a request and step
+from octavo.sampling_params import MAX_SPECULATIVE_TOKENS
+
+MAX_DRAFTS = MAX_SPECULATIVE_TOKENS  # a request and step
 NEGLIGIBLE = 0.025  # drafts with less than this chance are not worth thinking about
 
 _FAST, _SLOW = 0.75, 0.94  # what a step's counts keep of the ones before; 4 and 16 steps are remembered

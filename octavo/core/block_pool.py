@@ -65,14 +65,19 @@ class BlockPool:
         """Take `count` blocks, least recently used first; what they cached is forgotten."""
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
         taken = []
-        for _ in range(count):
-            block = self._ring.next
+        block = self._ring.next
+        for _ in range(count):  # a long prompt takes hundreds: the ring is closed once, behind them all
             assert block is not None
-            self._unlink(block)
             if block.key is not None:
                 self._forget(block)
             block.ref_count = 1
             taken.append(block)
+            following = block.next
+            block.prev = block.next = None
+            block = following
+        assert block is not None
+        self._ring.next, block.prev = block, self._ring
+        self.num_free -= count
         return taken
 
     def share(self, blocks: Iterable[Block]) -> None:
@@ -94,28 +99,25 @@ class BlockPool:
         """The block that holds `tokens` after `parent`, if there is one."""
         return self._registered.get((parent, tokens))
 
-    def register(self, block: Block, parent: ParentKey, tokens: tuple[int, ...]) -> int:
-        """Make `block` findable and return the serial of its prefix.
+    def register(
+        self, blocks: Iterable[Block], parent: ParentKey, texts: Iterable[tuple[int, ...]]
+    ) -> ParentKey:
+        """Make blocks findable, one behind the other, and return the serial of the prefix that they end.
 
         If another block holds the same prefix already, that one stays the registered one and its
-        serial is returned: the duplicate is left to its user, so that block tables only ever grow.
+        serial counts: the duplicate is left to its user, so that block tables only ever grow.
         """
-        key = (parent, tokens)
-        known = self._registered.get(key)
-        if known is not None:
-            return known.serial
-        assert block.ref_count > 0, f"{block} registered while free"
-        assert block.key is None, f"{block} registered twice"
-        block.key, block.serial = key, self._next_serial
-        self._next_serial += 1
-        self._registered[key] = block
-        return block.serial
-
-    def forget_all(self) -> None:
-        """Forget every prefix (the cache is reset); blocks in use keep their users."""
-        for block in self._registered.values():
-            block.key, block.serial = None, -1
-        self._registered.clear()
+        registered = self._registered
+        for block, tokens in zip(blocks, texts, strict=True):
+            key = (parent, tokens)
+            known = registered.setdefault(key, block)
+            if known is block and block.key is None:
+                assert block.ref_count > 0, f"{block} registered while free"
+                block.key, block.serial = key, self._next_serial
+                self._next_serial += 1
+            assert known.key == key, f"{block} registered twice"
+            parent = known.serial
+        return parent
 
     def check_integrity(self) -> None:
         """Assert that every block is in exactly one state and that all links agree. O(blocks)."""

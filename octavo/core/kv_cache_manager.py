@@ -113,10 +113,13 @@ class KVCacheManager:
         full = num_tokens // size
         if request.cache_namespace is None or full <= request.num_registered_blocks:
             return
-        for index in range(request.num_registered_blocks, full):
-            tokens = tuple(request.token_ids[index * size : (index + 1) * size])
-            assert len(tokens) == size, "only confirmed tokens are registered"
-            request.prefix_parent = self.pool.register(request.blocks[index], request.prefix_parent, tokens)
+        known = request.num_registered_blocks
+        tokens = iter(request.token_ids[known * size : full * size])
+        request.prefix_parent = self.pool.register(
+            request.blocks[known:full],
+            request.prefix_parent,
+            zip(*[tokens] * size, strict=True),  # the tokens of each block; all of them are confirmed
+        )
         request.num_registered_blocks = full
 
     def release(self, request: BlockHolder) -> None:

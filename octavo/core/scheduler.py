@@ -7,8 +7,7 @@ first, then chunks of running prompts, then new requests, so that a long prompt 
 others.
 
 `schedule` may be called before the previous step's output was read (pipeline depth 1). `update`
-reads outputs in the order of the steps. A request that ends or is preempted while launched steps
-still hold it is a *zombie*: its slot and blocks are released when the last of them was read.
+reads outputs in the order of the steps.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.admission import Room, WaitingQueue
-from octavo.core.block_pool import Block
 from octavo.core.draft_kv import DraftKV
 from octavo.core.draft_planner import DraftPlanner
 from octavo.core.kv_cache_manager import KVCacheManager
@@ -26,7 +24,6 @@ from octavo.core.launched_step import LaunchedStep, assert_inflight
 from octavo.core.messages import (
     Finish,
     ModelOutput,
-    NewSlot,
     PromptLogprobs,
     RowKind,
     Rows,
@@ -35,6 +32,7 @@ from octavo.core.messages import (
     TokenLogprobs,
 )
 from octavo.core.request import FinishReason, Request, Status
+from octavo.core.slots import Slots
 from octavo.core.step_drafts import propose, report
 
 
@@ -83,14 +81,11 @@ class Scheduler:
         self.draft_kv = draft_kv
         self.stats = SchedulerStats()
         self.requests: dict[str, Request] = {}  # waiting and running
-        self.running: list[Request] = []  # by Request.order
+        self._slots = Slots(config.max_num_seqs, self.kv, draft_kv)
+        self.running = self._slots.running  # by Request.order
+        self._unsent = self._slots.unsent
         self._waiting = WaitingQueue(self.kv, config.watermark_blocks, config.least_chunk_rows)
-        self._zombies: set[Request] = set()
         self._launched: deque[LaunchedStep] = deque()
-        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._generations = [0] * config.max_num_seqs
-        self._freed_slots: list[int] = []  # to be told to the device
-        self._rebuild: set[Request] = set()  # their slots must be sent anew
         self._step_id = 0
 
     # ------------------------------------------------------------------ requests
@@ -148,7 +143,7 @@ class Scheduler:
             return None
         # Only a step that is launched may carry slot changes: what was freed while nothing could
         # run waits for the next one.
-        out.freed_slots, self._freed_slots = self._freed_slots, []
+        out.freed_slots = self._slots.take_freed()
         if self.planner is not None:
             propose(
                 self.planner,
@@ -202,13 +197,13 @@ class Scheduler:
     def _admit(self, out: SchedulerOutput, step: LaunchedStep, budget: int, has_chunks: bool) -> None:
         owed = sum(self.kv.blocks_for(r.num_tokens) - len(r.blocks) for r in self.running if not r.decoding)
         room = Room(self._step_id, budget, bool(self.running), has_chunks, owed)
-        while room.rows > 0 and self._free_slots and (taken := self._waiting.take(room)):
+        while room.rows > 0 and self._slots.has_free and (taken := self._waiting.take(room)):
             request, prefix = taken
-            self._enter(request, prefix)
+            self._slots.enter(request, prefix)
             num_rows = self._chunk_rows(request, room.rows)
             new = self.kv.grow(request, request.num_computed_tokens + num_rows)
             assert new is not None, "admission counted wrongly"
-            out.new_slots.append(self._new_slot(request))
+            out.new_slots.append(self._slots.message(request))
             self._emit_chunk(request, num_rows, out, step)
             room.owed += self.kv.blocks_for(request.num_tokens) - len(request.blocks)
             room.rows -= num_rows
@@ -234,9 +229,8 @@ class Scheduler:
         out: SchedulerOutput,
         step: LaunchedStep,
     ) -> None:
-        if request in self._rebuild:
-            self._rebuild.discard(request)
-            out.new_slots.append(self._new_slot(request))
+        if request in self._unsent:
+            out.new_slots.append(self._slots.message(request))
         rows = Rows(request.slot, num_rows, kind, samples)
         out.rows.append(rows)
         out.row_keys.append(request.key)
@@ -262,7 +256,7 @@ class Scheduler:
         if request.uses_mask:
             out.mask_slots.append(request.slot)
 
-    # ------------------------------------------------------------------ blocks and slots
+    # ------------------------------------------------------------------ blocks
 
     def _grow(self, request: Request, num_tokens: int, out: SchedulerOutput) -> bool:
         """Give `request` blocks for `num_tokens`, preempting the last requests in order if need be.
@@ -272,19 +266,15 @@ class Scheduler:
         """
         while (new := self.kv.grow(request, num_tokens)) is None:
             missing = self.kv.blocks_for(num_tokens) - len(request.blocks)
-            if missing <= self.kv.pool.num_free + self._num_zombie_blocks():
+            if missing <= self.kv.pool.num_free + self._slots.num_zombie_blocks():
                 return False
             victim = self._victim(request, out)
             if victim is None:
                 return False
             self._preempt(victim)
-        if new and request not in self._rebuild:
+        if new and request not in self._unsent:
             out.new_blocks.append(SlotBlocks(request.slot, new))
         return True
-
-    def _num_zombie_blocks(self) -> int:
-        """Blocks that become free when the launched steps are read: those with no other user."""
-        return sum(block.ref_count == 1 for zombie in self._zombies for block in zombie.blocks)
 
     def _victim(self, request: Request, out: SchedulerOutput) -> Request | None:
         """The last request behind `request` in order that has no rows in this step.
@@ -302,83 +292,16 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue; what is known is kept and computed again after the next admission."""
-        self.running.remove(request)
-        self._rebuild.discard(request)
         request.status = Status.WAITING
         request.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._leave(request)
+        self._slots.leave(request)
         self._waiting.push(request)
 
-    def _enter(self, request: Request, prefix: list[Block]) -> None:
-        self.kv.admit(request, prefix)
-        request.slot = slot = self._free_slots.pop()
-        self._generations[slot] += 1
-        request.generation = self._generations[slot]
-        request.key = request.key._replace(slot=slot, generation=request.generation)
-        request.status = Status.RUNNING
-        request.num_computed_tokens = request.capacity
-        request.decoding = False
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = request.capacity
-        # A resumed request goes back to its place: order is what keeps it from starving.
-        index = len(self.running)
-        while index and self.running[index - 1].order > request.order:
-            index -= 1
-        self.running.insert(index, request)
-
-    def _new_slot(self, request: Request) -> NewSlot:
-        return NewSlot(
-            slot=request.slot,
-            generation=request.generation,
-            request_id=request.request_id,
-            token_ids=list(request.token_ids),
-            num_prompt_tokens=request.num_prompt_tokens,
-            block_ids=[block.block_id for block in request.blocks],
-            num_computed_tokens=request.num_computed_tokens,
-            params=request.params,
-            seed=request.seed,
-            stop_token_ids=request.stop_token_ids,
-            limit=request.limit,
-            bad_words_ids=request.bad_words_ids,
-            prediction_ids=request.prediction_ids,
-        )
-
-    def _leave(self, request: Request) -> None:
-        """A request stops running: release what it holds, now or when its last step is read."""
-        if self.draft_kv is not None:
-            self.draft_kv.leave(request)
-        if request.num_inflight_steps:
-            self._zombies.add(request)
-        else:
-            self._release(request)
-
-    def _release(self, request: Request) -> None:
-        self.kv.release(request)
-        request.num_computed_tokens = request.num_inflight_tokens = 0
-        request.num_proposed = 0
-        request.decoding = False
-        if request.slot >= 0:
-            self._free_slots.append(request.slot)
-            self._freed_slots.append(request.slot)
-            request.slot = -1
-
     def drop_device_state(self) -> None:
-        """Have every slot sent anew: the device's state is a cache of the host's.
-
-        Only between steps, when everything launched was read. Drafts in the slots are lost.
-        """
+        """Have every slot sent anew. Only between steps, when everything launched was read."""
         assert not self._launched, "read every launched step first"
-        for request in self.running:
-            slot = request.slot
-            self._generations[slot] += 1
-            request.generation = self._generations[slot]
-            request.key = request.key._replace(generation=request.generation)
-            request.num_proposed = 0
-            if self.draft_kv is not None:
-                self.draft_kv.leave(request)
-            self._freed_slots.append(slot)
-            self._rebuild.add(request)
+        self._slots.send_anew()
 
     # ------------------------------------------------------------------ outputs
 
@@ -397,9 +320,8 @@ class Scheduler:
             by_model = rows.slot in output.drafted_by_model
             if self.draft_kv is not None and rows.samples and self.draft_kv.read(request, by_model):
                 from_model.add(request)
-            if request in self._zombies and not request.num_inflight_steps:
-                self._zombies.discard(request)
-                self._release(request)
+            if request.status is not Status.RUNNING:
+                self._slots.read(request)
         if self.draft_kv is not None:
             self.draft_kv.release(step.draft_blocks)
         if self.planner is not None:
@@ -440,27 +362,20 @@ class Scheduler:
         request.finish_reason = reason
         del self.requests[request.request_id]
         if running:
-            self.running.remove(request)
-            self._rebuild.discard(request)
-            self._leave(request)
+            self._slots.leave(request)
         # A waiting one leaves the queue lazily; a preempted zombie is released by update().
 
     # ------------------------------------------------------------------ checks
 
     def check_integrity(self) -> None:
         """Assert the invariants that hold between any two calls. For tests; O(everything)."""
-        holders = self.running + list(self._zombies)
+        holders = self._slots.holders()
         self.kv.check_integrity(holders)
+        self._slots.check_integrity()
         if self.draft_kv is not None:
             self.draft_kv.check_integrity(self.running, [step.draft_blocks for step in self._launched])
-        slots = [r.slot for r in holders] + self._free_slots
-        assert sorted(slots) == list(range(self.config.max_num_seqs)), "a slot is lost or held twice"
-        assert self.running == sorted(self.running, key=lambda r: r.order), "running is out of order"
         for request in self.running:
-            assert request.status is Status.RUNNING, f"{request} is in running"
             assert request.num_inflight_tokens >= 0, f"{request}: negative in flight"
             assert request.num_tokens <= request.limit, f"{request} is over its limit"
             assert request.num_registered_blocks <= len(request.blocks), f"{request}: registered"
-        for zombie in self._zombies:
-            assert zombie.is_zombie, f"{zombie} is not a zombie"
         assert_inflight(holders, self._launched)

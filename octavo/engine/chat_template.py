@@ -35,10 +35,14 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str | Mapping[str, str] | None, special_tokens: Mapping[str, str] | None = None
+        self,
+        source: str | Mapping[str, str] | None,
+        special_tokens: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,  # name -> the file it came from, for errors
     ) -> None:
         self._sources = {"default": source} if isinstance(source, str) else dict(source or {})
         self._special_tokens = dict(special_tokens or {})
+        self._files = dict(files or {})
         self._sandbox = TemplateSandbox()
         self._compiled: dict[str, tuple[jinja2.Template, bool]] = {}
         self._lock = threading.Lock()  # the sandbox counts what one rendering spends
@@ -59,19 +63,41 @@ class ChatTemplate:
         """
         own = tokenizer.chat_template if tokenizer else None
         special_tokens = tokenizer.special_tokens if tokenizer else {}
+        files = tokenizer.template_files if tokenizer else {}
         if chat_template is None:
-            return cls(own, special_tokens)
+            return cls(own, special_tokens, files)
         if isinstance(own, Mapping) and chat_template in own:
-            return cls(own[str(chat_template)], special_tokens)
+            file = {"default": files[str(chat_template)]} if chat_template in files else None
+            return cls(own[str(chat_template)], special_tokens, file)
         text = str(chat_template)
         if isinstance(chat_template, str) and ("{" in text or "\n" in text):
             return cls(text, special_tokens)
         try:
-            return cls(Path(chat_template).read_text(encoding="utf-8"), special_tokens)
+            return cls(Path(chat_template).read_text(encoding="utf-8"), special_tokens, {"default": text})
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"chat_template={text!r} is neither a jinja template nor a file that can be read ({error})"
             ) from error
+
+    def check(self) -> None:
+        """Raises the RequestError that every conversation would end in, if there is one.
+
+        A template that is not there or cannot be compiled; what one does when it runs shows only then.
+        """
+        name = self._choose(None)
+        with self._lock:
+            self._compile(name)
+
+    def faults(self) -> list[str]:
+        """What is wrong with each template that cannot be compiled: what refused requests are told."""
+        found = []
+        for name in self._sources:
+            try:
+                with self._lock:
+                    self._compile(name)
+            except RequestError as error:
+                found.append(str(error))
+        return found
 
     @property
     def is_busy(self) -> bool:
@@ -143,8 +169,9 @@ class ChatTemplate:
                 template = self._sandbox.from_string(source)
                 wants_parts = _iterates_over_content(self._sandbox.parse(source))
             except jinja2.TemplateSyntaxError as error:
+                where = f" ({self._files[name]})" if name in self._files else ""
                 raise RequestError(
-                    f"the chat template has a syntax error in line {error.lineno}: {error.message}",
+                    f"the chat template{where} has a syntax error in line {error.lineno}: {error.message}",
                     "chat_template",
                 ) from error
             except Exception as error:  # a hostile template can break the compiler (recursion, memory)

@@ -11,10 +11,7 @@ import itertools
 import time
 from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from octavo.core.messages import ModelOutput, RowKind, SchedulerOutput
+from octavo.core.messages import ModelOutput, SchedulerOutput
 from octavo.core.mix import mix64
 from octavo.core.request import FinishReason, Request
 from octavo.core.scheduler import RequestUpdate, Scheduler
@@ -25,6 +22,7 @@ from octavo.engine.grammar import GrammarCompiler, Matcher
 from octavo.engine.inputs import PromptInput
 from octavo.engine.request_reader import EngineInfo, PreparedRequest, RequestReader, make_sequence
 from octavo.engine.request_state import OutputKind, RequestState, Sample
+from octavo.engine.row_masks import masks_of
 from octavo.engine.stats import StatsLog, take_stats
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import EngineDeadError, RequestError
@@ -38,7 +36,6 @@ from octavo.outputs import (
 from octavo.sampling_params import SamplingParams
 from octavo.speculation.suffix import SuffixGuesser
 from octavo.worker.executor import Executor
-from octavo.worker.model_runner import GrammarMasks
 
 
 class Engine:
@@ -228,7 +225,8 @@ class Engine:
             if out.needs_mask:  # grammars follow the tokens, so these must be in first
                 while self.scheduler.num_unread_steps > 1:
                     outputs += self._process(self.executor.collect())
-                self.executor.provide_masks(self._masks(out))
+                masks = masks_of(out, self._matcher, self._drafts, self.info.vocab_size)
+                self.executor.provide_masks(masks)
         if self.scheduler.num_unread_steps > (self._depth if out is not None else 0):
             outputs += self._process(self.executor.collect())
         return outputs
@@ -350,23 +348,9 @@ class Engine:
         speculation.num_cut = sum(account.num_cut for account in known)
         speculation.net_speedup = sum(account.net_speedup for account in known) / len(known)
 
-    def _masks(self, out: SchedulerOutput) -> GrammarMasks:
-        """Bit masks for the rows that wait for one."""
-        words = -(-self.info.vocab_size // 32)
-        waiting = set(out.mask_slots)
-        masks: dict[int, npt.NDArray[np.int32]] = {}
-        for key, rows in zip(out.row_keys, out.rows, strict=True):
-            if key.slot not in waiting:
-                continue
-            drafts = (
-                self._drafts.get(key.slot, [])[: rows.num_rows - 1] if rows.kind is RowKind.VERIFY else []
-            )
-            mask = np.full((1 + len(drafts), words), -1, dtype=np.int32)
-            entry = self._samples.get(key.request_id)  # gone if it has just ended
-            if entry is not None and entry[1].matcher is not None:
-                _fill_masks(entry[1].matcher, drafts, mask)
-            masks[key.slot] = mask
-        return masks
+    def _matcher(self, sequence_id: str) -> Matcher | None:
+        entry = self._samples.get(sequence_id)  # gone if it has just ended
+        return None if entry is None else entry[1].matcher
 
     def _note_first_schedule(self, out: SchedulerOutput) -> None:
         for new in out.new_slots:
@@ -383,22 +367,6 @@ class Engine:
 def _space(request: Request) -> Hashable:
     """Whose outputs a request may be drafted from."""
     return request.params.cache_salt or ""
-
-
-def _fill_masks(matcher: Matcher, drafts: list[int], masks: npt.NDArray[np.int32]) -> None:
-    """Masks of the row after the known tokens and of each row after a draft.
-
-    Behind the first illegal draft nothing can be accepted, so those rows stay open.
-    """
-    matcher.fill_mask(masks[0])
-    taken = 0
-    for draft in drafts:
-        if matcher.is_finished or matcher.accept([draft]) == 0:
-            break
-        taken += 1
-        matcher.fill_mask(masks[taken])
-    if taken:
-        matcher.rollback(taken)
 
 
 def failed_output(request_id: str, prompt: PromptInput, error: RequestError) -> RequestOutput:

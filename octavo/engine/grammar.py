@@ -217,19 +217,6 @@ class Matcher:
         elif not row.any():
             self.error = "the model has no token that the grammar allows here"
 
-    def forced_tokens(self) -> list[int]:
-        """The tokens that must come next, if the grammar leaves no choice; empty where it does."""
-        if self._ended or self.error is not None:
-            return []
-        forced = [int(token_id) for token_id in self._matcher.compute_ff_tokens()]
-        return forced[: self.validate_drafts(forced)]
-
-    def validate_drafts(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` would be legal in a row, from here; changes nothing."""
-        legal = self.accept(tokens)
-        self.rollback(legal)
-        return legal
-
     def _note_error(self) -> None:
         if self.error is None and self._matcher.is_error():
             self.error = _first_lines(self._matcher.get_error()) or "the grammar is too complex"

@@ -7,10 +7,13 @@ already legal. Whatever else is handed in gets a RequestError that names what to
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Number
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import RequestError
@@ -18,6 +21,9 @@ from octavo.errors import RequestError
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 
 _WHAT_A_PROMPT_IS = "a text or a list of token ids"
+# An int of 32 bits in the format of marshal, and what stands before a list's items.
+_MARSHALLED = np.dtype([("kind", "u1"), ("value", "<i4")])
+_HEAD = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +82,13 @@ def read_prompt(
                 "prompt",
             )
         text, token_ids = given, tokenizer.encode(given, add_special_tokens=add_special_tokens)
+        ends = _range_of(token_ids)
     else:
-        token_ids = _token_ids(given)
+        token_ids, ends = _token_ids(given)
     if not token_ids:
         raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-    worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+    least, most = ends or (min(token_ids), max(token_ids))
+    worst = least if least < 0 else most
     if not 0 <= worst < vocab_size:
         raise RequestError(f"token id {worst} is not in the vocabulary (0 … {vocab_size - 1})", "prompt")
     if len(token_ids) >= max_model_len:
@@ -114,18 +122,20 @@ def _from_mapping(given: Mapping[str, Any]) -> tuple[str | None, Any]:
     return text, token_ids
 
 
-def _token_ids(given: Any) -> list[int]:
-    """Plain ints of a list, a 1-d array or a 1-d tensor of token ids."""
+def _token_ids(given: Any) -> tuple[list[int], tuple[int, int] | None]:
+    """Plain ints of a list, a 1-d array or a 1-d tensor of token ids; least and greatest, if known."""
     if _is_array(given):
         given = _one_dimension(given)
     elif _is_bytes(given) or not isinstance(given, Sequence):
         raise RequestError(
             f"a prompt must be {_WHAT_A_PROMPT_IS}, not {_kind(given)}{_hint(given)}", "prompt"
         )
-    if set(map(type, given)) <= {int}:  # nearly always, and ten times as fast as to look at each
-        return list(given)
+    items = list(given)
+    ends = _range_of(items)
+    if ends is not None:  # nearly always, and many times as fast as to look at each
+        return items, ends
     token_ids: list[int] = []
-    for index, item in enumerate(given):
+    for index, item in enumerate(items):
         if type(item) is int:
             token_ids.append(item)
         elif not isinstance(item, bool) and isinstance(item, Integral):  # numpy's integers, for one
@@ -136,7 +146,25 @@ def _token_ids(given: Any) -> list[int]:
                 f"token id is a whole number{_hint(item)}",
                 "prompt",
             )
-    return token_ids
+    return token_ids, None
+
+
+def _range_of(items: list[Any]) -> tuple[int, int] | None:
+    """Least and greatest of a list of plain ints of 32 bits; None for any other list, an empty one too.
+
+    All of a long prompt's ids are looked at before anything runs, so this is one pass in C: in the format of
+    marshal (version 2) such an int is the letter i and four bytes, and nothing else begins with that letter.
+    """
+    try:
+        packed = marshal.dumps(items, 2)
+    except ValueError:  # something that this format does not know
+        return None
+    if not items or len(packed) != _HEAD + len(items) * _MARSHALLED.itemsize:
+        return None
+    found = np.frombuffer(packed, _MARSHALLED, offset=_HEAD)
+    if not (found["kind"] == ord("i")).all():
+        return None
+    return int(found["value"].min()), int(found["value"].max())
 
 
 def _is_array(value: object) -> bool:

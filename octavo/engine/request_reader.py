@@ -6,9 +6,9 @@ beside the steps. `make_sequence` then makes one of a request's samples.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from octavo.core.request import Request
 from octavo.engine.grammar import GrammarCompiler, Matcher
@@ -54,7 +54,6 @@ class RequestReader:
         self._info = info
         self._tokenizer = tokenizer
         self._grammar = grammar
-        self._compiling = threading.Lock()  # the grammar compiler's cache serves one thread at a time
 
     def read(
         self, prompt: PromptInput, params: SamplingParams, *, add_special_tokens: bool = True
@@ -77,15 +76,8 @@ class RequestReader:
             add_special_tokens=add_special_tokens,
         )
         matcher = None
-        if params.structured_outputs is not None and self._info.synthetic_acceptance:
-            raise RequestError(
-                "structured_outputs cannot be had with synthetic_acceptance_rates: the text that follows an "
-                "accepted draft belongs to another one, and no grammar can follow both",
-                "structured_outputs",
-            )
         if params.structured_outputs is not None:
-            with self._compiling:
-                matcher = self._compile_grammar(params)
+            matcher = self._compile_grammar(params.structured_outputs)
         return PreparedRequest(
             given,
             params,
@@ -137,14 +129,18 @@ class RequestReader:
             )
         return tuple(prediction)
 
-    def _compile_grammar(self, params: SamplingParams) -> Matcher | None:
-        if params.structured_outputs is None:
-            return None
+    def _compile_grammar(self, structured_outputs: Mapping[str, Any]) -> Matcher:
+        if self._info.synthetic_acceptance:
+            raise RequestError(
+                "structured_outputs cannot be had with synthetic_acceptance_rates: the text that follows an "
+                "accepted draft belongs to another one, and no grammar can follow both",
+                "structured_outputs",
+            )
         if self._grammar is None:
             raise RequestError(
                 "structured_outputs needs a tokenizer, and this engine has none", "structured_outputs"
             )
-        return self._grammar.compile(params.structured_outputs)
+        return self._grammar.compile(structured_outputs)
 
 
 def make_sequence(

@@ -31,6 +31,8 @@ from octavo.engine.request_reader import EngineInfo
 from octavo.engine.stats import StatsLog
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import CheckpointError, ConfigError, RequestError
+from octavo.platform.byte_code import kept_byte_code
+from octavo.platform.head_start import wait_for_digest
 from octavo.sampling_params import SamplingParams
 from octavo.speculation.suffix import SuffixGuesser, make_history
 from octavo.worker.kv_cache import MemoryPlan
@@ -145,6 +147,7 @@ def plan(args: EngineArgs) -> str:
     return plan_worker(config, choose_kernels(config)).describe()
 
 
+@kept_byte_code()  # what a device needs is imported here
 def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> EngineParts:
     """Resolve, plan (the plan is logged before anything is allocated), load, and start.
 
@@ -170,6 +173,7 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     kernels = choose_kernels(config)
     if context is not None:
         context.result()
+        wait_for_digest()
     memory = plan_worker(config, kernels)
     if logger.hasHandlers():
         for line in memory.describe().splitlines():
@@ -177,7 +181,9 @@ def build_engine(args: EngineArgs, progress: LoadObserver | None = None) -> Engi
     else:  # nobody has set up logging: the plan is shown all the same
         print(memory.describe(), file=sys.stderr)
     if args.chat_template is not None:  # a wrong one is refused before the weights are read
-        ChatTemplate.for_tokenizer(tokenizer.result(), args.chat_template)
+        given = ChatTemplate.for_tokenizer(tokenizer.result(), args.chat_template)
+        if faults := given.faults():
+            raise ConfigError("\n".join(faults))
     with explained_out_of_memory():
         runner = build_runner(
             config, kernels, memory, lambda done, all_: tell("reading weights", done / all_)
@@ -298,7 +304,14 @@ def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     if config.args.skip_tokenizer_init:
         return None
     tokenizer = Tokenizer.from_folder(config.tokenizer_path, config.args.trust_remote_code)
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer is None:
+        logger.warning(
+            "%s holds no tokenizer: prompts must be token ids, and answers have no text. Name another one "
+            "with tokenizer (--tokenizer); skip_tokenizer_init says that this is meant",
+            config.tokenizer_path,
+        )
+        return None
+    if tokenizer.vocab_size > config.model.vocab_size:
         logger.warning(
             "the tokenizer of %s has %d tokens and the model only %d: if they do not belong together, the "
             "output is nonsense, and prompts that need the missing tokens are refused",
@@ -306,6 +319,14 @@ def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
             tokenizer.vocab_size,
             config.model.vocab_size,
         )
+    if config.args.chat_template is None:  # plain prompts do without one: no reason to end here
+        for fault in ChatTemplate.for_tokenizer(tokenizer).faults():
+            logger.warning(
+                "%s.\nConversations are refused with these words, plain prompts are served: mend the file in "
+                "%s, or give another template with chat_template (--chat-template).",
+                fault,
+                config.tokenizer_path,
+            )
     return tokenizer
 
 

@@ -54,16 +54,6 @@ HOW_TO_DO_WITHOUT = (
 )
 
 
-def require_tokenizer(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
-    """The tokenizer, or a `RequestError` that says why `what` (say "a text prompt") needs one."""
-    if tokenizer is None:
-        raise RequestError(
-            f"{what} needs a tokenizer, and this model was loaded without one: pass token ids, or load the "
-            "model with skip_tokenizer_init=False and a folder that has a tokenizer (tokenizer=...)"
-        )
-    return tokenizer
-
-
 class Backend(Protocol):
     """What does the work below a `Tokenizer`: the Rust library, or a Python tokenizer of transformers."""
 
@@ -163,10 +153,12 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | Mapping[str, str] | None = None,
         clean_up: bool = False,
+        template_files: Mapping[str, str] | None = None,
     ) -> None:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})  # "bos_token" -> "<s>", as chat templates see them
         self.chat_template = chat_template
+        self.template_files = dict(template_files or {})  # template's name -> its file in the model's folder
         self.vocab_size = backend.vocab_size()  # added tokens included
         self.special_ids = backend.special_ids()  # what skip_special_tokens leaves out
         self._clean_up = clean_up
@@ -309,7 +301,8 @@ def _from_tokenizer_json(folder: Path) -> Tokenizer:
     )  # transformers 5 leaves BPE texts alone: cleaning corrupts them
     insists = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     clean_up = bool(config.get("clean_up_tokenization_spaces", False)) and (not is_bpe or bool(insists))
-    return Tokenizer(backend, special_tokens, _chat_template(folder, config), clean_up)
+    template, files = _chat_template(folder, config)
+    return Tokenizer(backend, special_tokens, template, clean_up, files)
 
 
 def _special_token_names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -346,18 +339,35 @@ def _add_missing_tokens(
         rust.add_tokens(missing)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """One template, or several by name. Files of their own win over the entry in the config."""
+def _chat_template(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[str | dict[str, str] | None, dict[str, str]]:
+    """One template, or several by name; and the file of each. Files of their own win over the config."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-        return templates["default"] if list(templates) == ["default"] else templates
-    entry = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+        templates = {name: _read_template(path) for name, path in files.items()}
+        names = {name: path.relative_to(folder).as_posix() for name, path in files.items()}
+        return (templates["default"] if list(templates) == ["default"] else templates), names
+    entry, file = config.get("chat_template"), "tokenizer_config.json"
+    if not entry:
+        file = "chat_template.json"
+        entry = _read_json(folder / file).get("chat_template")
     if isinstance(entry, list):
-        return {named["name"]: named["template"] for named in entry}
-    return entry if isinstance(entry, (str, dict)) else None
+        entry = {named["name"]: named["template"] for named in entry}
+    if isinstance(entry, dict):
+        return entry, dict.fromkeys(entry, file)
+    return (entry, {"default": file}) if isinstance(entry, str) else (None, {})
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"the chat template {path} cannot be read ({error}): download the file again or delete it"
+        ) from error
 
 
 def _from_transformers(folder: Path, trust_remote_code: bool) -> Tokenizer:

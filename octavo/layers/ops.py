@@ -22,7 +22,8 @@ from octavo.quantization.base import LinearOps, PackedLinear, PackUse
 # A gathered table: a plain [rows, width] tensor, or a weight packed as tied.
 EmbeddingTable = torch.Tensor | PackedLinear
 
-# (input_ids [num_tokens], positions [num_tokens], ctx) -> [num_tokens, hidden] after the final norm
+# (input_ids [num_tokens], positions [num_tokens], ctx) -> [num_tokens, hidden] after the final norm,
+# or [L, hidden] where the context wants L rows
 FusedForward = Callable[[torch.Tensor, torch.Tensor, ForwardContext], torch.Tensor]
 
 

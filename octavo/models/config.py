@@ -65,10 +65,8 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]  # one a layer; a row sees that many positions, its own included
     rope: RopeConfig
     dtype: str  # of the checkpoint: float32, bfloat16, float16
-    hidden_act: str = "silu"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
     generation_defaults: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -272,10 +270,8 @@ def _normalise(fields: _Fields, generation: _Fields, model_path: str) -> ModelCo
         sliding_windows=_sliding_windows(fields, architecture, num_layers),
         rope=read_rope(raw, fields.error, head_dim, max_position),
         dtype=_dtype(fields),
-        hidden_act="silu",
         bos_token_id=_token_id(fields, "bos_token_id"),
         eos_token_ids=_eos_token_ids(ends),
-        pad_token_id=_token_id(fields, "pad_token_id"),
         generation_defaults=defaults,
     )
 

@@ -114,7 +114,7 @@ class CpuOps:
         )
 
         def forward(input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-            return fused.forward(input_ids, positions, ctx.attention, ctx.kv_caches)
+            return fused.forward(input_ids, positions, ctx.attention, ctx.kv_caches, ctx.wanted)
 
         return forward
 

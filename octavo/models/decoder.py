@@ -84,8 +84,9 @@ class DecoderLayer:
         cos: torch.Tensor,  # [num_tokens, rotary_dim / 2], of each row's position
         sin: torch.Tensor,
         ctx: ForwardContext,
+        wanted: torch.Tensor | None = None,  # rows that go on behind attention; None: all
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden, residual) for the next layer, both [num_tokens, hidden]."""
+        """(hidden, residual) for the next layer, both [num_tokens, hidden], or [wanted, hidden]."""
         ops = self._ops
         if residual is None:
             hidden, residual = self.input_norm.forward(hidden, ops), hidden
@@ -95,7 +96,10 @@ class DecoderLayer:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm.forward(q, ops), self.k_norm.forward(k, ops)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        hidden = self.o.forward(self.attention.forward(q, k, v, ctx), ops)
+        hidden = self.attention.forward(q, k, v, ctx)
+        if wanted is not None:
+            hidden, residual = hidden[wanted], residual[wanted]
+        hidden = self.o.forward(hidden, ops)
         hidden, residual = self.post_norm.add(hidden, residual, ops)
         hidden = self.down.forward(self.gate_up.forward(hidden, ops), ops)
         return hidden, residual
@@ -201,7 +205,7 @@ class CausalLM:
         positions: torch.Tensor,  # [num_tokens] int64, -1 for padding rows
         ctx: ForwardContext,
     ) -> torch.Tensor:
-        """Hidden states after the final norm: [num_tokens, hidden]."""
+        """Hidden states after the final norm: [num_tokens, hidden], or of the rows that `ctx` wants."""
         if self._fused is not None:
             return self._fused(input_ids, positions, ctx)
         hidden = self.embedding.embed(input_ids, self._ops)
@@ -209,7 +213,8 @@ class CausalLM:
         cos, sin = self._cos[rows], self._sin[rows]
         residual: torch.Tensor | None = None
         for layer in self.layers:
-            hidden, residual = layer.forward(hidden, residual, cos, sin, ctx)
+            wanted = ctx.wanted if layer is self.layers[-1] else None
+            hidden, residual = layer.forward(hidden, residual, cos, sin, ctx, wanted)
         assert residual is not None
         return self.final_norm.add(hidden, residual, self._ops)[0]
 

@@ -56,7 +56,7 @@ class GpuOps:
         self._narrow_dtypes = narrow_dtypes
         self._few_rows = few_rows
         self._one_tiling = one_tiling
-        self._runs_as_one = runs_as_one
+        self.runs_as_one = runs_as_one
         self._workspaces: list[products.Workspace] = []
         self.decoder: FusedDecoder | None = None  # the last one made, for measurements
 
@@ -131,7 +131,7 @@ class GpuOps:
             parts.rms_norm_eps,
             few_rows,
             self._one_tiling,
-            self._runs_as_one,
+            self.runs_as_one,
         )
         return self.decoder.forward
 

@@ -164,7 +164,10 @@ class _Server:
     async def _drain(self, client: EngineClient, http: _Uvicorn, serving: asyncio.Task[None]) -> None:
         """Close the port; wait for open requests, then for their errors to be sent."""
         timeout = self._settings.drain_timeout if self._num_signals < 2 else 0.0
-        logger.info("ending: %d open requests may take up to %g s", client.num_open, timeout)
+        if client.num_open:
+            logger.info("ending: %d open requests may take up to %g s", client.num_open, timeout)
+        else:
+            logger.info("ending")
         self._signalled.clear()
         http.should_exit = True
         again = asyncio.get_running_loop().create_task(self._signalled.wait())

@@ -35,7 +35,7 @@ class DraftNetwork(Protocol):
     device: torch.device
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """[num_tokens] -> [num_tokens, hidden]"""
+        """[num_tokens] -> [num_tokens, hidden], or [L, hidden] where `ctx` wants L rows"""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -157,13 +157,10 @@ class DraftModel:
         assert metadata is not None
         if self._vocab_size < self._target_vocab_size:  # a token of the text that the draft model lacks
             ids = ids.clamp(max=self._vocab_size - 1)
-        context = ForwardContext(metadata, self._kv_caches)
+        wanted = inputs.logits_rows if len(inputs.logits_slots) < len(ids) else None
+        context = ForwardContext(metadata, self._kv_caches, wanted)
         hidden = self.network.forward(ids, metadata.positions, context)
-        if not len(inputs.logits_slots):
-            return None
-        if len(inputs.logits_slots) < len(hidden):
-            hidden = hidden[inputs.logits_rows]
-        return self.network.logits(hidden)
+        return self.network.logits(hidden) if len(inputs.logits_slots) else None
 
     def _common_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, target vocabulary]: the draft model's may be padded to another size."""

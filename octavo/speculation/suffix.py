@@ -157,7 +157,6 @@ class _Follower:
     start: int = 0  # the position of the continuation's first token
     tokens: Sequence[int] = ()  # the continuation; empty: none holds
     min_match: int = MIN_MATCH
-    left_alone: bool = False  # its own drafts were all right last time
 
 
 class SuffixGuesser:

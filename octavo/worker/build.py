@@ -36,6 +36,7 @@ from octavo.worker.executor import Executor, InlineExecutor, ThreadExecutor
 from octavo.worker.gpu_build import (
     check_deterministic,
     check_gpu_is_free,
+    gpu_draft_ops,
     gpu_graphs,
     gpu_kernels,
     gpu_lookup,
@@ -261,7 +262,7 @@ def build_runner(
     if config.draft is not None:
         draft_model = build_draft_model(
             config,
-            kernels.ops,
+            kernels.ops if kernels.steps is not None else gpu_draft_ops(config, kernels.ops),
             kernels.backend,
             dtype,
             plan,

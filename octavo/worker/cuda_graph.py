@@ -34,6 +34,9 @@ Forward = Callable[[torch.Tensor, AttentionMetadata], torch.Tensor]
 SHORT_ROWS = 16
 _CHUNK_SIZES = (32, 64, 128, 256, 384)  # padded rows of steps with a chunk, below the largest
 _SHARED_SIZES = (16, 32, 64, 128, 256)  # padded rows of steps whose requests share prefixes
+# With a draft model there are two sets of graphs. Padding rows of these steps cost next to nothing.
+_FEWER_CHUNK_SIZES = (64, 128, 256)
+_FEWER_SHARED_SIZES = (16, 64, 256)
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -62,6 +65,24 @@ class GraphSizes:
         if not shares:
             return sizes
         return cls(sizes.short, sizes.chunks, tuple(size for size in _SHARED_SIZES if size <= most))
+
+    @classmethod
+    def beside_a_draft_model(cls, most: int, shares: bool = False) -> GraphSizes:
+        """The same with fewer of those with a chunk or a shared prefix: the draft model has graphs too."""
+        whole = cls.up_to(most, shares)
+        chunks = tuple(size for size in whole.chunks if size in (*_FEWER_CHUNK_SIZES, most))
+        return cls(whole.short, chunks, tuple(size for size in whole.shared if size in _FEWER_SHARED_SIZES))
+
+    @classmethod
+    def of_a_draft_model(cls, most: int, catch_up: int) -> GraphSizes:
+        """Passes of up to `most` rows, each size twice the one before; one for chunks of up to `catch_up`.
+
+        A padding row of a small model reads no KV, and products are cut for powers of two anyway.
+        """
+        short = [1]
+        while 2 * short[-1] < most:
+            short.append(2 * short[-1])
+        return cls(tuple(sorted({*short, most})), (catch_up,) if catch_up > SHORT_ROWS else ())
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> GraphSizes:
@@ -98,13 +119,22 @@ class StepBuffers:
     prefix_rows: torch.Tensor  # [tiles * rows of a tile] int32
     prefix_tiles: torch.Tensor  # [tiles, 2] int32
     tile_rows: int  # rows of a tile
-    groups: Grouping | None = None  # what these three hold
+    usual_query_len: int = 1  # rows that a request has as a rule
+    groups: Grouping | None = None  # what the three hold that are SharedPrefixes'
 
     @classmethod
-    def allocate(cls, rows: int, requests: int, block_table: torch.Tensor, tile_rows: int = 0) -> StepBuffers:
+    def allocate(
+        cls,
+        rows: int,
+        requests: int,
+        block_table: torch.Tensor,
+        tile_rows: int = 0,
+        usual_query_len: int = 1,
+    ) -> StepBuffers:
         """Empty steps: no row belongs to a request. `block_table` is read where it is.
 
-        `tile_rows`: rows of a tile of shared prefixes; 0: there will be none.
+        `tile_rows`: rows of a tile of shared prefixes; 0: there will be none. `usual_query_len`: rows that a
+        request has as a rule; a graph, which knows no better, packs query tiles for so many.
         """
         device = block_table.device
         tiles = num_tiles(min(rows, _SHARED_SIZES[-1]), tile_rows) if tile_rows else 0
@@ -120,6 +150,7 @@ class StepBuffers:
             torch.full((tiles * tile_rows,), -1, dtype=torch.int32, device=device),
             torch.zeros(tiles, 2, dtype=torch.int32, device=device),
             tile_rows,
+            usual_query_len,
         )
 
     def metadata(
@@ -146,6 +177,7 @@ class StepBuffers:
             max_query_len=longest,
             max_seq_len=max_seq_len,
             table_rows=self.table_rows[:requests],
+            usual_query_len=self.usual_query_len,
             shared=shared,
         )
 
@@ -199,6 +231,7 @@ class GraphKey(NamedTuple):
     rows: int
     has_chunk: bool  # a request may have more than SHORT_ROWS rows
     shares: bool = False  # prefixes may be shared
+    is_long: bool = False  # of one row: for contexts that its other graph is not for
 
 
 class StepTail(Protocol):
@@ -238,11 +271,16 @@ class CudaGraphs:
         max_seq_len: int,
         tail: StepTail | None = None,
         rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext,
+        one_row_context: int | None = None,
     ) -> None:
-        """`max_seq_len`: the longest context. `rehearsal`: in it a forward need only launch every kernel."""
+        """`max_seq_len`: the longest context. `rehearsal`: in it a forward need only launch every kernel.
+
+        `one_row_context`: one row has a graph for contexts up to this, and another one for longer ones.
+        """
         self._forward = forward
         self.sizes = sizes
         self._max_seq_len = max_seq_len
+        self._one_row_context = max_seq_len if one_row_context is None else min(one_row_context, max_seq_len)
         self.buffers = buffers
         self._tail = tail
         self._rehearsal = rehearsal
@@ -255,7 +293,14 @@ class CudaGraphs:
         """All graphs, the largest first."""
         short = [GraphKey(size, False) for size in self.sizes.short]
         shared = [GraphKey(size, False, True) for size in self.sizes.shared]
+        if 1 in self.sizes.short and self.one_row(self._max_seq_len) not in short:
+            short.append(self.one_row(self._max_seq_len))
         return sorted(short + shared + [GraphKey(size, True) for size in self.sizes.chunks], reverse=True)
+
+    def one_row(self, context: int) -> GraphKey:
+        """The graph of one row whose context has at most so many tokens."""
+        # a bound in whole blocks may be above the longest context there is
+        return GraphKey(1, False, is_long=min(context, self._max_seq_len) > self._one_row_context)
 
     @property
     def missing(self) -> list[GraphKey]:
@@ -283,9 +328,10 @@ class CudaGraphs:
 
     def _work_of(self, key: GraphKey) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """What a graph holds, of a step in which no request has a row."""
-        rows, has_chunk, shares = key
+        rows, has_chunk, shares, is_long = key
         longest = rows if has_chunk else min(rows, SHORT_ROWS)
-        metadata = self.buffers.metadata(rows, rows, longest, self._max_seq_len, shares)
+        context = self._max_seq_len if rows > 1 or is_long else self._one_row_context
+        metadata = self.buffers.metadata(rows, rows, longest, context, shares)
         ids = self.buffers.input_ids[:rows]
         self.buffers.clear()
         tail = self._tail if self._tail is not None and self._tail.covers(key) else None
@@ -337,6 +383,8 @@ class CudaGraphs:
     def _key_of(self, step: AttentionMetadata) -> GraphKey:
         shares = step.shared is not None
         rows = self.sizes.padded(step.num_tokens, step.max_query_len, shares)
+        if rows == 1 and not shares:
+            return self.one_row(step.max_seq_len)
         return GraphKey(rows or 0, step.max_query_len > SHORT_ROWS, shares)
 
     def has(self, key: GraphKey) -> bool:

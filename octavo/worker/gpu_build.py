@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 GRAPH_ROWS = 512  # steps of more rows hide their launches behind matrices
 DETERMINISTIC_ROWS = 128  # up to so many rows one family of kernels computes every row alike
-RUNS_AS_ONE = False  # steps of one row of a small model as one kernel: see kernels/triton/persistent.py
 LEAST_CAPABILITY = (8, 0)  # of the matrix units that the kernels are written for
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -80,7 +79,7 @@ def gpu_kernels(config: EngineConfig) -> GpuKernels:
     from octavo.sampling.gpu_draw import GpuDraw
 
     if not config.args.deterministic:
-        return GpuKernels(GpuOps(runs_as_one=RUNS_AS_ONE), TritonBackend(), GpuDraw())
+        return GpuKernels(GpuOps(), TritonBackend(), GpuDraw())
     if config.dtype == "float16":
         raise ConfigError(
             "deterministic=True on a GPU computes in bfloat16 or float32, not in float16: set dtype"
@@ -94,6 +93,17 @@ def gpu_kernels(config: EngineConfig) -> GpuKernels:
     every = (torch.bfloat16, torch.float32)
     ops = GpuOps(every, few_rows=DETERMINISTIC_ROWS, one_tiling=True)
     return GpuKernels(ops, TritonBackend(one_tiling=True), GpuDraw())
+
+
+def gpu_draft_ops(config: EngineConfig, ops: Kernels) -> Kernels:
+    """The kernels of a draft model, where the target has `ops`: its own, which run one row as one kernel.
+
+    The bits of that kernel differ from those of steps of more rows. A draft model's bits change no text; with
+    deterministic=True it takes the target's kernels all the same.
+    """
+    from octavo.models.gpu_ops import GpuOps
+
+    return ops if config.args.deterministic else GpuOps(runs_as_one=True)
 
 
 def check_deterministic(model: CausalLM, ops: Kernels) -> None:
@@ -159,7 +169,16 @@ def check_gpu_is_free(budget: int, share: float) -> None:
 
 def graph_sizes_of(config: EngineConfig) -> GraphSizes:
     """The sizes that graphs are captured for."""
-    return GraphSizes.up_to(min(GRAPH_ROWS, config.max_num_batched_tokens), shares_prefixes(config))
+    most, shares = min(GRAPH_ROWS, config.max_num_batched_tokens), shares_prefixes(config)
+    if config.draft is not None:
+        return GraphSizes.beside_a_draft_model(most, shares)
+    return GraphSizes.up_to(most, shares)
+
+
+def draft_graph_sizes_of(config: EngineConfig) -> GraphSizes:
+    """The same for the draft model: however few draft, each has its prompt to catch up."""
+    catch_up = min(GRAPH_ROWS, config.max_num_batched_tokens)
+    return GraphSizes.of_a_draft_model(min(GRAPH_ROWS, 2 * config.max_num_seqs), catch_up)
 
 
 def shares_prefixes(config: EngineConfig) -> bool:
@@ -173,11 +192,12 @@ def gpu_steps(config: EngineConfig, state: DeviceState) -> tuple[StepMath, StepB
     from octavo.worker.gpu_step import GpuStep
 
     rows, requests = config.max_num_batched_tokens, state.num_slots
+    usual = 1 + _most_drafts(config)
     if not shares_prefixes(config):
-        buffers = StepBuffers.allocate(rows, requests, state.block_table)
+        buffers = StepBuffers.allocate(rows, requests, state.block_table, usual_query_len=usual)
         return GpuStep(state, buffers, graph_sizes_of(config)), buffers
     tile_rows = shared.tile_rows(config.model.num_heads // config.model.num_kv_heads)
-    buffers = StepBuffers.allocate(rows, requests, state.block_table, tile_rows)
+    buffers = StepBuffers.allocate(rows, requests, state.block_table, tile_rows, usual)
     prefixes = PrefixGroups(
         requests, state.block_table.shape[1], state.block_size, tile_rows, attention.GROUP
     )
@@ -288,6 +308,14 @@ def _rehearsal_of(model: CausalLM) -> Callable[[], AbstractContextManager[None]]
     return decoder.rehearsal if isinstance(decoder, FusedDecoder) else nullcontext
 
 
+def _one_row_context(model: CausalLM) -> int | None:
+    """The longest context for which one row of this model takes other kernels; None if it never does."""
+    from octavo.kernels.triton.decoder import FusedDecoder
+
+    decoder = getattr(model.fused, "__self__", None)
+    return decoder.one_row_context if isinstance(decoder, FusedDecoder) else None
+
+
 class GraphedNetwork:
     """A draft model whose passes are replayed; see octavo.speculation.draft_model.DraftNetwork."""
 
@@ -297,10 +325,11 @@ class GraphedNetwork:
         self.graphs = graphs
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """[num_tokens, hidden], valid until the next pass"""
+        """[num_tokens, hidden], or of the rows that `ctx` wants; valid until the next pass"""
         step = ctx.attention
         if self.graphs.replays(step):
-            return self.graphs.replay(input_ids, step)
+            hidden = self.graphs.replay(input_ids, step)
+            return hidden if ctx.wanted is None else hidden[ctx.wanted]
         return self.model.forward(input_ids, positions, ctx)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -325,10 +354,7 @@ def gpu_draft_model(
     from octavo.worker.whole_pass import WholePasses
 
     rows = 2 * config.max_num_seqs
-    sizes = None
-    if not config.args.enforce_eager:  # however few draft, each has its prompt to catch up
-        catch_up = min(GRAPH_ROWS, config.max_num_batched_tokens)
-        sizes = GraphSizes.up_to(min(GRAPH_ROWS, rows)).with_chunks(catch_up)
+    sizes = None if config.args.enforce_eager else draft_graph_sizes_of(config)
     passes = GpuDraftPasses(state, sizes, max_rows=rows + max(GRAPH_ROWS, config.max_num_batched_tokens))
     if sizes is None:
         return model, passes
@@ -336,8 +362,9 @@ def gpu_draft_model(
     if model.config.vocab_size == config.model.vocab_size:  # another vocabulary is fitted outside of a graph
         whole = WholePasses(passes.tables, draws, passes.buffers, model, sizes.short[-1])
     graphs = CudaGraphs(
-        _forward_of(model, kv_caches), sizes, passes.buffers, model.max_model_len, whole, _rehearsal_of(model)
-    )
+        _forward_of(model, kv_caches), sizes, passes.buffers, model.max_model_len, whole,
+        _rehearsal_of(model), one_row_context=_one_row_context(model),
+    )  # fmt: skip
     if whole is not None:
         whole.graphs = graphs
         passes.use_graphs(whole, sampling, records)

@@ -126,7 +126,8 @@ class GpuDraftPasses:
     def _launch(self, logits_slots: IntArray) -> PassInputs:
         assert self._whole is not None
         count = len(logits_slots)
-        num_rows = self._whole.launch(self._depth)
+        longest = max(1, *self._blocks.filled) * self._blocks.block_size
+        num_rows = self._whole.launch(self._depth, longest)
         return PassInputs(
             input_ids=self.buffers.input_ids[:num_rows],
             metadata=None,

@@ -24,7 +24,7 @@ from octavo.worker.input_batch import DeviceState
 from octavo.worker.prefix_groups import Ints, PrefixGroups
 from octavo.worker.step_math import StepInputs, Verdict
 
-_ROWS_ROUND_UP = 256  # of steps without a graph
+_ROWS_ROUND_UP = 128  # of steps without a graph: rows of a tile of the library's products
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 
 from octavo.core.messages import NewSlot, SchedulerOutput
+from octavo.sampling_params import MAX_SPECULATIVE_TOKENS
 
-MAX_DRAFTS = 16
+MAX_DRAFTS = MAX_SPECULATIVE_TOKENS  # a slot and step
 
 
 class DeviceState:

@@ -110,13 +110,27 @@ class ModelRunner:
         else:
             inputs = self._steps.prepare(out)
             assert inputs.metadata is not None
-            hidden, logits = self._forward(inputs.input_ids, inputs.metadata), None
-            if len(inputs.logits_rows):
-                all_rows = len(inputs.logits_rows) == len(hidden)
-                logits = self.model.logits(hidden if all_rows else hidden[inputs.logits_rows])
+            hidden, logits = self._compute(inputs, inputs.metadata)
         prompt_logprobs = self._compute_prompt_logprobs(out, hidden) if self._prompt_logprobs else {}
         verdict = None if whole is None else whole.verdict
         self._launched = _Launched(out, inputs, logits, prompt_logprobs, started, verdict)
+
+    def _compute(
+        self, inputs: StepInputs, metadata: AttentionMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states, and the rows of logits if there are any.
+
+        The hidden states are those that the logits come from, or of all rows where somebody wants
+        log-probabilities of a prompt.
+        """
+        rows = inputs.logits_rows
+        is_all = len(rows) == len(inputs.input_ids)
+        if is_all or self._prompt_logprobs:
+            hidden = self._forward(inputs.input_ids, metadata)
+            wanted = hidden if is_all else hidden[rows]
+        else:
+            hidden = wanted = self._forward(inputs.input_ids, metadata, rows)
+        return hidden, self.model.logits(wanted) if len(rows) else None
 
     def _launch_whole(self, out: SchedulerOutput) -> WholeStep | None:
         """The step as one graph with its head, and with draw and verdict where those are plain."""
@@ -225,14 +239,18 @@ class ModelRunner:
         ended.wait()
         return started.seconds_until(ended) / repeats
 
-    def _forward(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """[num_tokens, hidden]; what a graph returns is valid until the next forward."""
+    def _forward(
+        self, input_ids: torch.Tensor, metadata: AttentionMetadata, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[num_tokens, hidden], or of the wanted rows; a graph's is valid until the next forward."""
         graphs = self.graphs
         if graphs is not None and graphs.replays(metadata):
             self.num_replayed += 1
-            return graphs.replay(input_ids, metadata)
+            hidden = graphs.replay(input_ids, metadata)
+            return hidden if wanted is None else hidden[wanted]
         self.num_eager += 1
-        return self.model.forward(input_ids, metadata.positions, ForwardContext(metadata, self._kv_caches))
+        context = ForwardContext(metadata, self._kv_caches, wanted)
+        return self.model.forward(input_ids, metadata.positions, context)
 
     def _drafts(self, slots: list[int]) -> torch.Tensor:
         """What lies behind the known tokens of these slots: [slots, MAX_DRAFTS]"""

@@ -107,12 +107,12 @@ class WholePasses:
         self._first_rows = num_rows
         return True
 
-    def launch(self, depth: int) -> int:
-        """Launch a pass; returns its token rows, 0 if there is none."""
+    def launch(self, depth: int, context: int) -> int:
+        """Launch a pass; returns its token rows, 0 if there is none. `context`: the longest there may be."""
         if depth >= len(self._counts):
             return 0
         num_rows = self._first_rows if depth == 0 else self._counts[depth]
-        key = self._key(num_rows)
+        key = self._key(num_rows, context)
         assert key is not None
         assert self.graphs is not None
         _, self._logits = self.graphs.run(key)
@@ -147,8 +147,8 @@ class WholePasses:
         self.graphs.run(key)
         return True
 
-    def _key(self, num_rows: int) -> GraphKey | None:
+    def _key(self, num_rows: int, context: int = 1) -> GraphKey | None:
         assert self.graphs is not None
         padded = self.graphs.sizes.padded(num_rows)
-        key = GraphKey(padded or 0, False)
+        key = self.graphs.one_row(context) if padded == 1 else GraphKey(padded or 0, False)
         return key if padded and self.covers(key) and self.graphs.has(key) else None

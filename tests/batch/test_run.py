@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.batch import run
-from octavo.batch.run import in_thread, run_async, unless_stopped
+from octavo.batch.run import in_thread, leave, run_async, unless_stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,11 +48,7 @@ def test_a_stop_does_not_wait_for_it_and_its_result_is_dropped() -> None:
     assert asyncio.run(unless_stopped(in_thread(lambda: 3), asyncio.Event())) == 3
 
 
-def test_a_signal_is_told_and_a_second_one_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Calls that other tests left half-done in this process would end it, and the tests with it.
-    left: list[int] = []
-    monkeypatch.setattr(run, "leave", left.append)
-
+def test_a_signal_is_told_and_a_second_one_ends_it() -> None:
     async def main(stop: asyncio.Event) -> str:
         os.kill(os.getpid(), signal.SIGTERM)
         await stop.wait()
@@ -72,8 +67,27 @@ def test_a_signal_is_told_and_a_second_one_ends_it(monkeypatch: pytest.MonkeyPat
     assert run_async(quick) == ("done", None)
     with pytest.raises(KeyboardInterrupt):
         run_async(stubborn)
-    assert left == [128 + signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_calls_of_the_run_itself_end_the_process() -> None:
+    go = threading.Event()
+
+    async def leaves_one(stop: asyncio.Event) -> None:
+        asyncio.get_running_loop().call_soon(stop.set)
+        await unless_stopped(in_thread(go.wait), stop)
+
+    async def quick(stop: asyncio.Event) -> None:
+        await in_thread(lambda: None)
+
+    try:
+        run_async(leaves_one)
+        with pytest.raises(AssertionError, match="ended the process with code 143"):
+            leave(143)  # see tests/conftest.py
+        run_async(quick)
+        assert leave(143) == 143
+    finally:
+        go.set()
 
 
 def test_the_process_ends_with_its_code_while_a_call_goes_on() -> None:

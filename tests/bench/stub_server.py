@@ -1,6 +1,6 @@
 """A server with known delays, and with every way to fail; a process of its own.
 
-    python -m tests.bench.stub_server       prints its port, then serves until stdin ends
+    python -m tests.bench.stub_server [MODEL …]    prints its port, then serves until stdin ends
 
 The model that is asked for says what happens. "steady": a chunk with the role at once, the first three tokens
 after 200 ms, three more every 60 ms, and half way a stall of 300 ms; then the reason, the usage and [DONE].
@@ -13,18 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 TTFT, PER_CHUNK, TOKENS, STALL = 0.2, 0.06, 3, 0.3
 MODES = (
     "steady", "reasoning", "no_usage", "http_500", "cut_off", "closed", "hang", "error_event", "not_streamed",
-    "not_json", "slow_start",
+    "not_json", "slow_start", "dies",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -34,8 +35,10 @@ Log = dict[str, dict[str, Any]]
 class Stub:
     """One server's state."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Sequence[str]) -> None:
+        self.models = models
         self.log: Log = {}
+        self.deaths = 0  # requests of the mode "dies" so far
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, as many requests as it brings."""
@@ -61,7 +64,7 @@ class Stub:
     async def answer(self, path: str, body: bytes, received: float, writer: asyncio.StreamWriter) -> bool:
         """False if the connection is to end."""
         if path == "/v1/models":
-            await _whole(writer, 200, {"data": [{"id": mode} for mode in MODES]})
+            await _whole(writer, 200, {"data": [{"id": model} for model in self.models]})
             return True
         if path == "/log":
             await _whole(writer, 200, self.log)
@@ -76,6 +79,10 @@ class Stub:
                 writer, 500, {"error": {"message": "the stub is out of order", "type": "server_error"}}
             )
             return True
+        if mode == "dies":  # the third request takes the server with it
+            self.deaths += 1
+            if self.deaths == 3:
+                os._exit(1)
         if mode == "not_streamed":
             await _whole(writer, 200, {"choices": [{"message": {"content": "all at once"}}]})
             return True
@@ -156,17 +163,17 @@ async def _whole(writer: asyncio.StreamWriter, status: int, body: Any) -> None:
 
 
 async def _main() -> None:
-    server = await asyncio.start_server(Stub().serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(Stub(sys.argv[1:] or MODES).serve, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:
         await asyncio.to_thread(sys.stdin.read)
 
 
 @contextlib.contextmanager
-def running() -> Iterator[str]:
-    """The URL of a stub in a process of its own."""
+def running(*models: str) -> Iterator[str]:
+    """The URL of a stub in a process of its own. It names all models, or these."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.stub_server"],
+        [sys.executable, "-m", "tests.bench.stub_server", *models],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

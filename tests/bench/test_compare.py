@@ -184,7 +184,7 @@ def test_unequal_outputs_fail_only_where_they_must_be_equal(
         (["missing.json", "a.json"], "no result file missing.json"),
         (["--engine", "octvo"], "did you mean octavo"),
         (["--method", "magic"], "magic"),
-        (["--engine", "url=ftp://x"], "url=http"),
+        (["--engine", "url=ftp://x"], "must be like http"),
         (["--prompts", "none.jsonl"], "none.jsonl"),
         (["--rate", "0"], "none would ever come"),
         (["--output", "no/such/c.json"], "does not exist"),

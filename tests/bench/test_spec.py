@@ -21,6 +21,8 @@ from octavo.bench.slo import parse_slo
 from octavo.bench.spec import LoadSpec, PlacementSpec, RunSpec, SamplingSpec, parse_engine
 from octavo.bench.targets.placement import device_arguments
 from octavo.bench.variables import PRESETS, VARIABLES, preset_lines, read_variables
+from octavo.cli.bench_options import named_for, options_from
+from octavo.cli.bench_sweep import _verdict
 from octavo.errors import ConfigError, OctavoError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -161,13 +163,29 @@ def test_keys_are_not_in_the_result() -> None:
 def test_engines_as_users_write_them() -> None:
     assert parse_engine("octavo-served") == {"engine": "octavo", "served": True}
     assert parse_engine("http://h:1/") == {"engine": "url", "url": "http://h:1"}
-    assert parse_engine("url=https://h/v1") == {"engine": "url", "url": "https://h/v1"}
+    assert parse_engine("url=https://h/v1") == {"engine": "url", "url": "https://h"}
 
 
 def test_names_of_results() -> None:
     assert result_path("out/b.json", "target_ar", "transformers") == Path("out/b_target_ar.json")
     assert result_path("b.json", "prompt_lookup", "octavo") == Path("b_prompt_lookup_octavo.json")
     assert result_path("b", "speculative", "url") == Path("b_speculative_url.json")
+
+
+def test_each_verb_has_a_result_file_of_its_own() -> None:
+    options = options_from({})
+    assert (
+        named_for("latency", options, {}).output_path().name
+        == "benchmark_results_latency_target_ar_octavo.json"
+    )
+    given = {"output": "here/b.json"}
+    assert named_for("serve", options_from(given), given).output == "here/b.json"
+
+
+def test_what_a_sweep_found_out_in_words() -> None:
+    assert _verdict("rate", 2.0, 4.0) == "keeps up to rate 2; not at 4"
+    assert _verdict("rate", 2.0, None) == "keeps up to rate 2; more was not tried"
+    assert _verdict("rate", None, 1.0) == "does not keep up with rate 1"
 
 
 # ---------------------------------------------------------------------- the script
@@ -201,7 +219,7 @@ def test_the_script_passes_presets_variables_and_flags_on() -> None:
     """Ended by a mistake in the last place, so that nothing is loaded; what stands there says who won."""
     done = script(["--seed", "-1"], PRESET="quick", NUM_PROMPTS="3", OUTPUT_FILE="/nowhere/b.json")
     assert done.returncode == 2
-    assert "SEED must be 0 or more, not -1" in done.stderr
+    assert "SEED (--seed) must be 0 or more, not -1" in done.stderr
     assert script([], PRESET="fast").returncode != 0
 
 

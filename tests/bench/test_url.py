@@ -26,6 +26,11 @@ from tests.checkpoints import make_checkpoint
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("url") / "model", tokenizer=True))
+
+
+@pytest.fixture(scope="module")
 def stub() -> Iterator[str]:
     with running() as url:
         yield url
@@ -140,20 +145,52 @@ def test_failures_are_records(stub: str) -> None:
             assert all(record.arrivals and record.output_text == "w0 w1 w2 " for record in found)
 
 
-def test_a_refused_connection_ends_in_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out.json"
-    code = main(
-        ["bench", "serve", "--url", "http://127.0.0.1:9", "--model", "m", "--num-prompts", "3", "--rate",
-        "inf",
-         "--no-monitor", "--output", str(output)]
-    )  # fmt: skip
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "serve", "--url", NOWHERE],
+        ["bench", "run", "--url", NOWHERE, "--arrival", "closed"],  # what run_benchmark.sh calls
+        ["bench", "sweep", "--url", NOWHERE],
+        ["compare", "--engine", "octavo", "--engine", f"url={NOWHERE}", "--method", "target_ar"],
+    ],
+)
+def test_a_server_that_is_not_there_is_sent_nothing(
+    command: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out.json")
+    code = main([*command, "--model", model, "--num-prompts", "3", "--no-monitor", "--output", output])
     said = capsys.readouterr()
     assert code == 1
-    assert "FAILED: 3 requests: refused: nothing listens at http://127.0.0.1:9" in said.out
+    assert f"nothing listens at {NOWHERE} (connection refused): start the server" in said.err
+    assert "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_dies_midway_ends_in_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running() as url:
+        code = main(
+            ["bench", "serve", "--url", url, "--model", "dies", "--num-prompts", "4", "--concurrency", "1",
+             "--warmup", "1", "--max-tokens", "3", "--no-monitor",
+             "--output", str(tmp_path / "out.json")]
+        )  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 1
+    assert f"requests: refused: nothing listens at {url}" in said.out
     result = records.load(tmp_path / "out_target_ar_url.json")
-    assert result.summary["failures"] == {"refused": 3}
+    assert [record.ok for record in result.requests] == [True, False, False, False]
+    assert set(result.summary["failures"]) == {"cut_off", "refused"}
     assert (tmp_path / "out_target_ar_url.html").exists()
-    assert any("did not answer before the run" in warning for warning in result.warnings)
+
+
+def test_a_server_without_a_list_of_models_is_measured_and_that_is_said(stub: str) -> None:
+    result = measured(f"{stub}/elsewhere", "steady", count=1)
+    assert any("names no model (HTTP 404)" in warning for warning in result.warnings)
+    assert len(result.requests) == 1
 
 
 def test_the_command_line_from_end_to_end(
@@ -172,6 +209,27 @@ def test_the_command_line_from_end_to_end(
     assert "OPENAI" not in json.dumps(plain["effective_config"])
     assert main(arguments) == 2  # the file is there now
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_server_of_one_model_need_not_be_told_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running("steady") as url:
+        code = main(
+            ["bench", "serve", "--url", url, "--num-prompts", "1", "--rate", "inf", "--max-tokens", "3",
+             "--no-monitor", "--output", str(tmp_path / "out.json")]
+        )  # fmt: skip
+    assert code in (0, 1), capsys.readouterr()  # 1: this machine was too busy to measure
+    result = records.load(tmp_path / "out_target_ar_url.json")
+    assert result.failures == []
+    assert result.effective_config["served_model"] == "steady"
+
+
+def test_a_server_of_several_models_must_be_told_which(
+    stub: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "serve", "--url", stub, "--output", str(tmp_path / "out.json")]) == 2
+    assert "does not say which model is meant: name one of steady, reasoning," in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_served_is_named(stub: str) -> None:

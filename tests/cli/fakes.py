@@ -72,6 +72,9 @@ class FakeLLM:
             outputs.append(output)
         return outputs
 
+    def check_chat(self) -> None:
+        """Its template is fine."""
+
     def chat(
         self, messages: list[dict[str, str]], params: SamplingParams | None = None, stream: bool = False
     ) -> Any:

@@ -114,3 +114,7 @@ def test_check_compares_two_results(
     found = json.loads(capsys.readouterr().out)
     assert found["counts"] == {"seed": 1}
     assert cli_main.main(["batch", "check", str(tmp_path / "one"), str(tmp_path)]) == 2
+    (tmp_path / "nothing").touch()
+    capsys.readouterr()
+    assert cli_main.main(["batch", "check", str(tmp_path / "nothing"), str(tmp_path / "nothing")]) == 2
+    assert "there is nothing to compare" in capsys.readouterr().err

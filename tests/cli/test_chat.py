@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from octavo import RequestOutput
+from octavo.errors import RequestError
 from tests.cli.conftest import Cli
 from tests.cli.fakes import FakeLLM
 
@@ -73,6 +75,24 @@ def test_an_error_leaves_the_conversation_as_it_was(cli: Cli, fake_llm: type[Fak
         [{"role": "user", "content": "one"}],
         [{"role": "user", "content": "two"}],
     ]
+
+
+def test_a_conversation_that_is_too_long_can_be_forgotten(
+    cli: Cli, fake_llm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = fake_llm.chat
+
+    def chat(self: FakeLLM, messages: list[dict[str, str]], *rest: Any, **more: Any) -> Any:
+        if "long" in messages[-1]["content"]:
+            raise RequestError("too long", "prompt")
+        return answer(self, messages, *rest, **more)
+
+    monkeypatch.setattr(fake_llm, "chat", chat)
+    result = cli("chat", "m", "--system", "s", stdin="long\n")
+    assert "too long" in result.err
+    assert "/reset" not in result.err  # there is nothing to forget
+    result = cli("chat", "m", "--system", "s", stdin="one\nlong\n")
+    assert result.err.endswith("octavo: error: too long\n(/reset forgets the conversation so far)\n")
 
 
 def test_a_line_that_is_not_utf8_is_left_out(cli: Cli, fake_llm: type[FakeLLM]) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import click
 import pytest
 
-from octavo.cli.remote import base_of
+from octavo.bench.openai_stream import server_root
+from octavo.errors import ConfigError
 from tests.cli.conftest import Cli
 
 USAGE = {"usage": {"prompt_tokens": 9, "completion_tokens": 5}, "choices": []}
@@ -133,8 +133,8 @@ def test_an_error_leaves_the_conversation_as_it_was(cli: Cli, stub: Stub) -> Non
         ({"status": 401, "refusal": b"{}"}, "answered 401: Unauthorized; OPENAI_API_KEY holds the key"),
         ({"status": 502, "refusal": b"<html>"}, "answered 502: Bad Gateway"),
         ({"ends": False}, "ended the answer in the middle"),
-        ({"chunks": ["[1]"]}, "holds what is no JSON object"),
-        ({"chunks": ["{"]}, "holds what is no JSON object"),
+        ({"chunks": ["[1]"]}, "stream cannot be read: an event is no object"),
+        ({"chunks": ["{"]}, "stream cannot be read: an event is not JSON"),
         ({"chunks": [{"error": {"message": "the engine died"}}]}, "the engine died"),
         ({"models": {"data": []}}, "serves no model"),
         ({"models": {}}, "/v1/models does not answer as OpenAI's servers do"),
@@ -190,7 +190,11 @@ def test_options_that_do_not_fit(cli: Cli, arguments: list[str], message: str) -
     ["h:8000", "http://h:8000", "http://h:8000/", "http://h:8000/v1/", "http://h:8000/v1/chat/completions"],
 )
 def test_urls_may_be_written_in_several_ways(url: str) -> None:
-    assert base_of(url) == "http://h:8000/v1"
-    assert base_of("https://h/prefix") == "https://h/prefix/v1"
-    with pytest.raises(click.UsageError, match="must be like"):
-        base_of("http://")
+    assert server_root(url) == "http://h:8000"
+    assert server_root("https://h/prefix") == "https://h/prefix"
+
+
+@pytest.mark.parametrize("url", ["", "http://", "ftp://h", "http://h:none", "http://h:99999"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="--url must be like"):
+        server_root(url)

@@ -139,6 +139,23 @@ def test_an_interrupt_is_quiet(cli: Cli, fake_llm: type[FakeLLM]) -> None:
     assert (result.code, result.out, result.err.strip()) == (130, "", "")
 
 
+@pytest.mark.parametrize("module", ["octavo.cli.main", "octavo.cli.models"])
+def test_an_interrupt_amid_imports_is_quiet(module: str) -> None:
+    code = f"""
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["octavo", "models"]
+import octavo.__main__
+octavo.__main__.run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\n")
+
+
 def run_into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -22,7 +22,7 @@ def test_blocks_are_reused_in_the_order_they_were_released() -> None:
 def test_a_cached_block_is_revived_by_a_hit_and_lost_when_taken() -> None:
     pool = BlockPool(2)
     (block,) = pool.take(1)
-    pool.register(block, "root", (1, 2))
+    pool.register([block], "root", [(1, 2)])
     pool.release([block])
     assert pool.num_free == 2
     found = pool.lookup("root", (1, 2))
@@ -38,9 +38,9 @@ def test_a_cached_block_is_revived_by_a_hit_and_lost_when_taken() -> None:
 def test_a_prefix_is_its_parent_and_its_tokens() -> None:
     pool = BlockPool(4)
     a, b, c = pool.take(3)
-    first = pool.register(a, "root", (1,))
-    other = pool.register(b, "root", (2,))
-    assert pool.register(c, first, (3,)) not in (first, other)
+    first = pool.register([a], "root", [(1,)])
+    other = pool.register([b], "root", [(2,)])
+    assert pool.register([c], first, [(3,)]) not in (first, other)
     assert pool.lookup(first, (3,)) is c
     assert pool.lookup(other, (3,)) is None
     assert pool.lookup("another root", (1,)) is None
@@ -50,15 +50,15 @@ def test_tokens_with_equal_hashes_are_told_apart() -> None:
     assert hash((1, -1)) == hash((1, -2))  # CPython: hash(-1) == hash(-2)
     pool = BlockPool(2)
     (block,) = pool.take(1)
-    pool.register(block, "root", (1, -1))
+    pool.register([block], "root", [(1, -1)])
     assert pool.lookup("root", (1, -2)) is None
 
 
 def test_a_duplicate_leaves_the_first_one_registered() -> None:
     pool = BlockPool(2)
     first, second = pool.take(2)
-    serial = pool.register(first, "root", (1,))
-    assert pool.register(second, "root", (1,)) == serial
+    serial = pool.register([first], "root", [(1,)])
+    assert pool.register([second], "root", [(1,)]) == serial
     assert pool.lookup("root", (1,)) is first
     assert second.key is None
     pool.check_integrity()
@@ -67,20 +67,10 @@ def test_a_duplicate_leaves_the_first_one_registered() -> None:
 def test_a_recomputed_prefix_gets_a_new_name() -> None:
     pool = BlockPool(1)
     (block,) = pool.take(1)
-    old = pool.register(block, "root", (1,))
+    old = pool.register([block], "root", [(1,)])
     pool.release([block])
     (block,) = pool.take(1)
-    assert pool.register(block, "root", (1,)) != old  # what followed the old one is unreachable
-
-
-def test_forget_all() -> None:
-    pool = BlockPool(2)
-    (block,) = pool.take(1)
-    pool.register(block, "root", (1,))
-    pool.forget_all()
-    assert pool.lookup("root", (1,)) is None
-    assert block.ref_count == 1
-    pool.check_integrity()
+    assert pool.register([block], "root", [(1,)]) != old  # what followed the old one is unreachable
 
 
 def test_misuse_is_caught() -> None:
@@ -92,7 +82,7 @@ def test_misuse_is_caught() -> None:
     with pytest.raises(AssertionError, match="wanted"):
         pool.take(3)
     with pytest.raises(AssertionError, match="free"):
-        pool.register(blocks[0], "root", (1,))
+        pool.register([blocks[0]], "root", [(1,)])
 
 
 def test_integrity_notices_damage() -> None:

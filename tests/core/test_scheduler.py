@@ -219,7 +219,24 @@ def test_an_abort_frees_everything_within_two_steps(depth: int) -> None:
     bench.step()
     assert bench.scheduler.kv.pool.num_used == len(other.blocks)
     assert not request.blocks
-    assert sorted(bench.scheduler._free_slots) == [0, 2, 3]
+    assert sorted(bench.scheduler._slots._free) == [0, 2, 3]
+
+
+def test_what_two_unread_steps_hold_is_kept_until_the_second_was_read() -> None:
+    bench = Bench(1)
+    request = bench.add([1] * 9, output=50)
+    for _ in range(2):
+        out = bench.scheduler.schedule()
+        assert out is not None
+        bench.device.launch(out)
+    bench.scheduler.finish(request.request_id, FinishReason.ABORT)
+    assert bench.scheduler.update(bench.device.collect()) == []
+    assert request.is_zombie
+    assert request.blocks
+    bench.scheduler.check_integrity()
+    assert bench.scheduler.update(bench.device.collect()) == []
+    assert not request.blocks
+    assert sorted(bench.scheduler._slots._free) == [0, 1, 2, 3]
 
 
 def test_a_stop_string_makes_later_tokens_vanish() -> None:

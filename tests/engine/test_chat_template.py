@@ -11,7 +11,7 @@ import pytest
 from octavo.engine import template_sandbox
 from octavo.engine.chat_template import ChatTemplate
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import ConfigError, RequestError
+from octavo.errors import CheckpointError, ConfigError, RequestError
 from tests.engine import sample_tokenizers
 
 LLAMA3 = """{{- bos_token }}
@@ -211,6 +211,30 @@ def test_template_given_as_text_or_file(tmp_path: Path) -> None:
         ChatTemplate.for_tokenizer(tokenizer, "no-such.jinja")
 
 
+def test_a_fault_names_its_file(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "a", "ok\n{% if %}")
+    (fault,) = of_folder(folder).faults()
+    assert "(tokenizer_config.json) has a syntax error in line 2" in fault
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    assert of_folder(folder).faults() == []
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{% for %}", encoding="utf-8")
+    template = of_folder(folder)
+    (fault,) = template.faults()
+    assert "(additional_chat_templates/tool_use.jinja) has a syntax error in line 1" in fault
+    template.check()  # conversations without tools do
+    with pytest.raises(RequestError) as raised:
+        template.render(CHAT, tools=TOOLS)
+    assert str(raised.value) == fault
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% endif %}", encoding="utf-8")
+    (fault,) = ChatTemplate.for_tokenizer(None, str(mine)).faults()
+    assert f"({mine})" in fault
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        of_folder(folder)
+
+
 def test_continue_final_message() -> None:
     template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}")
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The answer "}]
@@ -245,6 +269,11 @@ def test_errors_carry_the_words_of_the_template() -> None:
         ChatTemplate(MISTRAL, {"bos_token": "", "eos_token": ""}).render(CHAT[1:])
     with pytest.raises(RequestError, match="syntax error in line 2"):
         ChatTemplate("ok\n{% if %}").render(CHAT)
+    with pytest.raises(RequestError, match="No filter named 'shout'"):
+        ChatTemplate("{{ messages | shout }}").check()
+    ChatTemplate("{{ nobody.name }}").check()  # shows only when it runs
+    with pytest.raises(RequestError, match="no chat template"):
+        ChatTemplate(None).check()
     with pytest.raises(RequestError, match="UndefinedError: 'nobody' is undefined"):
         ChatTemplate("{{ nobody.name }}").render(CHAT)
     with pytest.raises(RequestError, match="ZeroDivisionError"):

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as RustTokenizer
 
 from octavo.engine.pieces import DecodeRule
-from octavo.engine.tokenizer import Tokenizer, clean_up_spaces, require_tokenizer
+from octavo.engine.tokenizer import Tokenizer, clean_up_spaces
 from octavo.errors import CheckpointError, ModelError, RequestError
 from tests.engine import sample_tokenizers
 from tests.engine.sample_tokenizers import TEXTS, save
@@ -236,8 +236,6 @@ def test_what_is_no_text_is_a_request_error(tmp_path: Path) -> None:
 def test_folder_without_any_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert Tokenizer.from_folder(tmp_path) is None
-    with pytest.raises(RequestError, match="a stop string needs a tokenizer"):
-        require_tokenizer(None, "a stop string")
 
 
 def test_damaged_files(tmp_path: Path) -> None:

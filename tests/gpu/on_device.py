@@ -44,7 +44,9 @@ class _OnDevice:
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         caches, meta = self.moved(ctx)
         with torch.inference_mode():
-            return self.model.forward(input_ids.to(DEVICE), meta.positions, ForwardContext(meta, caches))
+            wanted = None if ctx.wanted is None else ctx.wanted.to(DEVICE)
+            context = ForwardContext(meta, caches, wanted)
+            return self.model.forward(input_ids.to(DEVICE), meta.positions, context)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():

@@ -23,7 +23,8 @@ if not torch.cuda.is_available() or not triton_kernels.available():
     pytest.skip("needs a CUDA device and Triton", allow_module_level=True)
 
 from octavo.attention.triton_backend import TritonBackend  # noqa: E402
-from octavo.kernels.triton import filters, products, wide_gate_up  # noqa: E402
+from octavo.kernels.triton import attention, filters, products, wide_gate_up  # noqa: E402
+from octavo.kernels.triton.attention import QueryTiling, Scratch  # noqa: E402
 from octavo.kernels.triton.products import Workspace  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import TorchDraw, kept_tokens  # noqa: E402
@@ -193,6 +194,41 @@ def test_attention_over_long_contexts(name: str, dtype: torch.dtype) -> None:
         got = backend.attend(query, cache, meta, spec)
         error = float((got.float() - expected).norm() / expected.norm())
         assert error < (6e-3 if dtype == torch.bfloat16 else 1e-3), (contexts, error)
+
+
+@pytest.mark.parametrize("contexts", [[900, 17], [300, 40]])
+def test_attention_of_wide_heads_in_float32(contexts: list[int]) -> None:
+    """The largest tiles there are: they have to fit into a multiprocessor's memory."""
+    spec = AttentionSpec(8, 4, 256, 256**-0.5)
+    meta, total = attention_case(spec, contexts, [1, 17], 80, 0)
+    cache = torch.randn(80, 2, 4, 16, 256, device=DEVICE)
+    query, meta = torch.randn(total, 8, 256, device=DEVICE), on_device(meta)
+    expected = TorchBackend().attend(query, cache.transpose(2, 3), meta, spec)
+    got = TritonBackend().attend(query, cache, meta, spec)
+    assert float((got - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(("heads", "dim"), [((16, 8), 128), ((32, 8), 128), ((14, 2), 64)])
+def test_attention_of_few_rows_has_one_result_however_it_is_cut(heads: tuple[int, int], dim: int) -> None:
+    """Columns of a tile, programs that share it, buffers, reading before the wait: no bit moves."""
+    spec = AttentionSpec(*heads, dim, dim**-0.5)
+    torch.manual_seed(3)
+    contexts, rows = [5000, 640, 17, 2049, 130], [1, 6, 3, 2, 1]
+    meta, total = attention_case(spec, contexts, rows, 600, 0)
+    meta = on_device(meta)
+    cache = torch.randn(600, 2, spec.num_kv_heads, 16, dim, device=DEVICE).bfloat16()
+    query = torch.randn(total, spec.num_heads, dim, device=DEVICE).bfloat16()
+    expected = None
+    for block_q, stages, parts, registers in (
+        (8, 4, 1, None), (8, 2, 1, 128), (8, 5, 16, None), (16, 3, 1, None), (32, 3, 4, None),
+    ):  # fmt: skip
+        plan = attention.plan(meta, spec, QueryTiling(block_q, stages, 4, registers), parts, block_size=16)
+        scratch = Scratch.allocate(total, meta.max_seq_len, spec, len(plan.tiles), query.device)
+        for early in (False, True):
+            out = torch.full_like(query, float("nan"))  # a launch between the plan and the kernel
+            attention.attend(query, cache, out, meta, spec, plan, scratch, early)
+            expected = out if expected is None else expected
+            assert torch.equal(out, expected), (block_q, stages, parts, early)
 
 
 def test_blocks_beyond_two_to_the_31() -> None:

@@ -79,6 +79,27 @@ def test_every_step_as_plain_torch(name: str, dtype: torch.dtype, tmp_path: Path
         assert error < (1e-5 if dtype == torch.float32 else 1.5 * allowed + 2e-3), (rows, error, allowed)
 
 
+@pytest.mark.parametrize("name", ["llama biases", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wanted_rows_alone(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The last row of each request; what the others left in the cache is read by the steps behind."""
+    architecture, options = CASES[name]
+    folder = make_checkpoint(tmp_path / "m", architecture, **options)
+    backend = TritonBackend()
+    reference = run(load(folder, torch.float32, TorchOps(), TorchBackend()), TorchBackend(), 4, 820)
+    model = load(folder, dtype, GpuOps(), backend)
+    every, some = run(model, backend, 4, 820), run(model, backend, 4, 820)
+    longer = [([(2, token_rows(13, 350)), (3, token_rows(14, 300))], 0), ([(2, [1]), (3, [2])], 0)]
+    for rows, padding in [*STEPS, *longer]:
+        ends = torch.tensor([len(tokens) for _, tokens in rows]).cumsum(0)
+        expected = reference.step(rows, padding)[ends - 1]
+        among_all = every.step(rows, padding)[ends - 1]
+        alone = some.step(rows, padding, (ends - 1).tolist())
+        error, allowed = (float((got - expected).norm() / expected.norm()) for got in (alone, among_all))
+        assert error < 1.5 * allowed + (1e-5 if dtype == torch.float32 else 2e-3), (rows, error, allowed)
+    assert len(some.step([(0, token_rows(15, 90))], 2, [])) == 0
+
+
 @pytest.mark.parametrize("few_rows", [64, 128])
 def test_rows_do_not_depend_on_their_neighbours(few_rows: int, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m", "Qwen3ForCausalLM", **WIDE, head_dim=128)

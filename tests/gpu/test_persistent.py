@@ -1,4 +1,4 @@
-"""All layers of a small model in one kernel, on the card: against the separate kernels.
+"""All layers of a small model in one kernel, on the card: against the separate kernels, and what it needs.
 
 Its programs wait for one another, and what waits in vain never ends. So the kernel runs in a process of its
 own, which is ended if it takes too long.
@@ -23,7 +23,6 @@ if not torch.cuda.is_available() or not triton_kernels.available():
 SECONDS = 150
 _COMPARED = """
 import json
-from dataclasses import replace
 import torch
 from benchmarks.decode_step import BLOCK_SIZE, capture, decode_batch, random_decoder
 from benchmarks.gpu_workloads import MODELS
@@ -65,6 +64,24 @@ with torch.inference_mode():
     forward()
     same = all(torch.equal(a, b) for a, b in zip(caches, kept))
     print(json.dumps(["padding", same, bool(one._done.any()), bool(one._counters.any())]), flush=True)
+    meta.positions.fill_(7)
+    # another decoder beside it, on another stream: each counts for itself
+    other, _ = random_decoder(config, runs_as_one=True)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    alone = [d.forward(ids, meta.positions, ForwardContext(meta, caches)).clone() for d in (decoder, other)]
+    torch.cuda.synchronize()
+    outputs = [[], []]
+    for _ in range(30):
+        for stream, each, out in zip(streams, (decoder, other), outputs):
+            with torch.cuda.stream(stream):
+                out.append(each.forward(ids, meta.positions, ForwardContext(meta, caches)).clone())
+    torch.cuda.synchronize()
+    beside = all(torch.equal(one, out) for one, outs in zip(alone, outputs) for out in outs)
+    # more programs than the device holds at once: the launch is refused, and the separate kernels do it
+    other._persistent._programs = 10_000
+    refused = other.forward(ids, meta.positions, ForwardContext(meta, caches))
+    error = ((refused.double() - alone[1].double()).norm() / alone[1].double().norm()).item()
+    print(json.dumps(["beside", beside, other._persistent is None, error]), flush=True)
 """
 
 
@@ -75,10 +92,12 @@ def test_as_the_separate_kernels() -> None:
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
-    *lines, padding = [json.loads(line) for line in child.stdout.splitlines()]
+    *lines, padding, others = [json.loads(line) for line in child.stdout.splitlines()]
     assert [line[0] for line in lines] == [1, 2, 33, 65, 513, 768, 1500, 4000]
     for context, error, keys, again in lines:
         assert error < 0.04, context  # bf16 rounds to 0.004 a time, and random weights keep it all
         assert keys < 0.01, context
         assert again, context
     assert padding == ["padding", True, False, False]
+    assert others[:3] == ["beside", True, True]
+    assert others[3] < 0.04

@@ -111,6 +111,27 @@ def test_equal_to_plain_torch(case: str, dtype: torch.dtype, tmp_path: Path) -> 
         assert (logits - expected).abs().max() < most, (ops, backend)
 
 
+@pytest.mark.parametrize("ops", [CpuOps, UnfusedOps])
+def test_wanted_rows_alone(ops: type[CpuOps], tmp_path: Path) -> None:
+    """The same bits as among all rows; the others leave their keys and values nevertheless."""
+    backend = KernelBackend()
+    model = load(make_checkpoint(tmp_path, "Qwen3ForCausalLM"), torch.bfloat16, ops(torch.bfloat16), backend)
+    every, some = (PagedRun(model, backend, num_requests=2, max_len=120) for _ in range(2))
+    steps: list[tuple[list[tuple[int, list[int]]], list[int]]] = [
+        ([(0, list(range(9, 79))), (1, list(range(3, 13)))], [69, 79]),
+        ([(0, list(range(30))), (1, list(range(20)))], []),  # nothing is drawn
+        ([(0, [5]), (1, list(range(30))), (0, [6])], [0, 3, 30, 31]),
+        ([(0, [7]), (1, [8])], [0, 1]),
+    ]
+    for rows, wanted in steps:
+        expected = every.step(rows)
+        assert torch.equal(some.step(rows, 2, wanted), expected[wanted])
+    if model.is_fused:
+        for wrong in ([1, 0], [0, 0], [0, 2], [-1]):
+            with pytest.raises(ValueError, match="ascend"):
+                some.step([(0, [1]), (1, [1])], wanted=wrong)
+
+
 @pytest.mark.skipif(not onednn.available(), reason="torch has no oneDNN bf16 products here")
 @pytest.mark.parametrize("case", CASES)
 def test_onednn_linears(case: str, tmp_path: Path) -> None:

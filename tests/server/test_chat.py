@@ -242,6 +242,15 @@ def test_conversations_as_the_template_sees_them(plain: Server) -> None:
     assert texts_of(chunks) == "YesGrüße aus 東京 👍 to you"
 
 
+def test_a_broken_template_refuses_conversations_alone() -> None:
+    with serving(template="fine\n{% if %}") as server:
+        refused = post(server, messages=HI)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("the chat template has a syntax error in line 2")
+        plain = post(server, "/v1/completions", prompt="Hi", max_tokens=2)
+        assert plain.status_code == 200
+
+
 def test_prompts_are_cut_on_request(plain: Server) -> None:
     ask(plain, truncate_prompt_tokens=4)
     assert len(last_request(plain).prompt_ids) == 4

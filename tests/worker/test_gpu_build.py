@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.attention.backend import AttentionMetadata
 from octavo.attention.torch_backend import TorchBackend
 from octavo.config import EngineArgs, EngineConfig
 from octavo.engine.setup import resolve
@@ -18,8 +19,21 @@ from octavo.errors import ConfigError, InsufficientMemoryError
 from octavo.kernels import triton as triton_kernels
 from octavo.platform import Gpu
 from octavo.worker.build import choose_kernels, measure_draft_costs, measure_step_costs, plan_worker
-from octavo.worker.cuda_graph import SHORT_ROWS, GraphSizes, graph_sizes
-from octavo.worker.gpu_build import explained_out_of_memory, graph_sizes_of, why_not_triton
+from octavo.worker.cuda_graph import (
+    SHORT_ROWS,
+    CudaGraphs,
+    GraphKey,
+    GraphSizes,
+    StepBuffers,
+    graph_sizes,
+)
+from octavo.worker.gpu_build import (
+    draft_graph_sizes_of,
+    explained_out_of_memory,
+    gpu_draft_ops,
+    graph_sizes_of,
+    why_not_triton,
+)
 from tests.checkpoints import make_checkpoint
 
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 150 * 10**9)
@@ -89,10 +103,69 @@ def test_graphs_are_few_and_cover_every_small_step(config: EngineConfig) -> None
 
 
 def test_a_draft_model_of_few_requests_has_graphs_for_their_prompts() -> None:
-    sizes = GraphSizes.up_to(32).with_chunks(512)
+    sizes = GraphSizes.of_a_draft_model(32, catch_up=512)
     assert sizes.short[-1] == 32
     assert sizes.padded(33) is None
-    assert [sizes.padded(rows, rows) for rows in (17, 33, 300, 512, 513)] == [32, 64, 384, 512, None]
+    assert [sizes.padded(rows) for rows in (1, 2, 3, 16, 17)] == [1, 2, 4, 16, 32]
+    assert [sizes.padded(rows, rows) for rows in (17, 512, 513)] == [512, 512, None]
+
+
+@pytest.mark.parametrize("seqs", [1, 3, 16, 100, 256])
+def test_graphs_are_few_with_a_draft_model_too(config: EngineConfig, seqs: int) -> None:
+    draft: Any = SimpleNamespace(model=config.model)
+    both = replace(on(config, H200), draft=draft, max_num_seqs=seqs)
+    sizes, passes = graph_sizes_of(both), draft_graph_sizes_of(both)
+    assert sizes.shared
+    kinds = sizes.short, sizes.chunks, sizes.shared, passes.short, passes.chunks
+    # and one row of a draft model has two graphs where contexts may be long
+    assert sum(len(kind) for kind in kinds) + 1 <= 45
+    assert sizes.short == graph_sizes_of(on(config, H200)).short
+    assert passes.padded(min(512, 2 * seqs)) == min(512, 2 * seqs)  # the first pass of all
+    assert sizes.padded(512, SHORT_ROWS + 1) == passes.padded(512, SHORT_ROWS + 1) == 512
+
+
+@pytest.mark.parametrize("longest", [100, 4096, 20_000])
+def test_one_row_has_a_graph_of_its_own_for_long_contexts(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    buffers = StepBuffers.allocate(8, 4, torch.zeros(4, 6, dtype=torch.int32))
+    seen: list[tuple[int, int]] = []
+
+    def forward(input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        seen.append((metadata.num_tokens, metadata.max_seq_len))
+        return input_ids
+
+    sizes = GraphSizes((1, 2), ())
+    graphs = CudaGraphs(forward, sizes, buffers, longest, one_row_context=4096)
+    assert graphs.one_row(min(longest, 4096)) == GraphKey(1, False)
+    assert graphs.one_row(longest + 15) in graphs.keys  # a bound in whole blocks
+    assert len(graphs.keys) == (3 if longest > 4096 else 2)
+    assert graphs.one_row(4097).is_long == (longest > 4096)
+    for key in graphs.keys:
+        graphs._work_of(key)()
+    assert sorted(set(seen)) == sorted({(1, min(longest, 4096)), (1, longest), (2, longest)})
+    alike = CudaGraphs(forward, sizes, buffers, longest)
+    assert alike.one_row(longest) == alike.one_row(1) == GraphKey(1, False)
+
+
+@needs_triton
+def test_only_a_draft_model_runs_as_one_kernel(config: EngineConfig) -> None:
+    """Its bits differ from those of larger steps: no text may depend on them."""
+    from octavo.models.gpu_ops import GpuOps
+
+    target = choose_kernels(on(config, H200)).ops
+    ops = gpu_draft_ops(on(config, H200), target)
+    assert isinstance(target, GpuOps)
+    assert isinstance(ops, GpuOps)
+    assert ops is not target
+    assert (target.runs_as_one, ops.runs_as_one) == (False, True)
+    fixed = on(config, H200, deterministic=True, max_num_batched_tokens=128)
+    same = choose_kernels(fixed).ops
+    assert gpu_draft_ops(fixed, same) is same
+    assert isinstance(same, GpuOps)
+    assert not same.runs_as_one
 
 
 def test_costs_of_draft_passes_are_taken_of_warm_kernels_and_of_catching_up() -> None:

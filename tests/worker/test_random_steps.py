@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,10 @@ class FakeModel:
                     assert position < int(meta.seq_lens[request])
                     text = [int(cache[table[p // block_size], p % block_size]) for p in range(position + 1)]
                     hidden[row] = next_token(SEED, text)
-        return hidden
+        return self._wanted(hidden, ctx)
+
+    def _wanted(self, hidden: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        return hidden if ctx.wanted is None else hidden[ctx.wanted]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(hidden[:, 0].long(), VOCAB).float()
@@ -72,7 +76,7 @@ class FakeDraftNetwork(FakeModel):
         self._state = state
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        hidden = super().forward(input_ids, positions, ctx)
+        hidden = super().forward(input_ids, positions, replace(ctx, wanted=None))
         meta, cache = ctx.attention, ctx.kv_caches[0]
         held = [row.tolist() for row in self._state.tokens]
         for request in range(meta.num_reqs):
@@ -85,7 +89,7 @@ class FakeDraftNetwork(FakeModel):
                 assert any(tokens[: position + 1] == text for tokens in held), "draft KV of another text"
                 if sum(text) % 3 == 0:
                     hidden[row] = (hidden[row] + 1) % VOCAB
-        return hidden
+        return self._wanted(hidden, ctx)
 
 
 class RandomLookup:

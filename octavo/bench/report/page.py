@@ -180,8 +180,9 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """The line under the title: model, machine, work."""
     result = runs[0].result
     environment = result.environment
-    prompts = result.effective_config.get("prompts") or {}
-    model = str(result.effective_config.get("model", "–"))
+    config = result.effective_config
+    prompts = config.get("prompts") or {}
+    model = str(config.get("model") or config.get("served_model") or "–")
     found = [("model", Path(model).name if "/" in model else model)]
     device = environment.get("gpus") or environment.get("cpu") or environment.get("device")
     if device:

@@ -56,10 +56,8 @@ class ServedTarget(UrlTarget):
             start_new_session=True,  # so that all of its processes can be ended together
         )
         self._reading = asyncio.ensure_future(self._read(self._process.stdout))
-        await self._connect(f"http://127.0.0.1:{port}", _SERVED_NAME)
+        self._connect(f"http://127.0.0.1:{port}", _SERVED_NAME)
         await self._wait_ready("/ready" if self._spec.engine == "octavo" else "/health")
-        self._warnings.clear()  # of the look at its models before it was there
-        self._check_model(await self._models())
         self._version = await self._ask_version()
         self._uses_gpu = await asyncio.to_thread(self._asks_for_gpu)
 
@@ -71,9 +69,6 @@ class ServedTarget(UrlTarget):
             return str(json.loads(body)["version"]) if status == 200 else None
         except (TargetError, ValueError, KeyError, TypeError):
             return None
-
-    def _check_model(self, served: Any) -> None:
-        """The name is ours."""
 
     async def _read(self, output: asyncio.StreamReader | None) -> None:
         """Keep the server's last words, and its pipe empty."""

@@ -7,16 +7,17 @@ such a page in Octavo's or vLLM's words.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from octavo.bench.http_client import HttpEngine, HttpJob
+from octavo.bench.openai_stream import error_message, model_names
 from octavo.bench.spec import RunSpec
 from octavo.bench.target import Answer, TargetError, TargetRequest
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 
+LOOK_SECONDS = 30.0  # a busy server is slow, not gone
 _SAMPLE = re.compile(r"^(?:octavo|vllm):(\w+?)(?:_total)?(?:\{(.*?)\})? (\S+)$", re.MULTILINE)
 # Names on the page -> ours. Rows are one family with a label, in Octavo's words only.
 _NAMES = {
@@ -54,14 +55,15 @@ class UrlTarget:
         return self._job
 
     async def open(self) -> None:
-        """Look at the server's models. One that cannot be reached is not refused here: each request will
-        fail, and the result says so."""
+        """Look at the server's models, before any load. Raises OctavoError if nobody answers, ConfigError if
+        it wants another key or serves other models. One that dies later makes failures."""
         assert self._spec.url is not None
-        await self._connect(self._spec.url, self._spec.model)
+        self._connect(self._spec.url, self._spec.model)
+        await self._look()
         if self._spec.repeat > 1:
             self._warnings.append("repeats send the same prompts: from the second on a prefix cache has them")
 
-    async def _connect(self, url: str, model: str) -> None:
+    def _connect(self, url: str, model: str) -> None:
         sampling = self._spec.sampling
         self._job = HttpJob(
             url=url,
@@ -76,29 +78,35 @@ class UrlTarget:
             ignore_eos=sampling.ignore_eos,
         )
         self._engine = HttpEngine(self._job)
-        self._check_model(await self._models())
 
-    async def _models(self) -> list[str]:
+    async def _look(self) -> None:
         assert self._engine is not None
-        try:
-            status, body = await self._engine.get("/v1/models")
-        except TargetError as error:
-            self._warnings.append(f"the server did not answer before the run: {error}")
-            return []
-        if status == 401 or status == 403:
-            raise ConfigError(
-                f"the server at {self._spec.url} wants another API key (HTTP {status}): set OPENAI_API_KEY"
-            )
-        try:
-            return [str(model["id"]) for model in json.loads(body)["data"]] if status == 200 else []
-        except (ValueError, KeyError, TypeError):
-            return []
-
-    def _check_model(self, served: Sequence[str]) -> None:
         assert self._job is not None
-        if served and self._job.model not in served:
+        url = self._job.url
+        try:
+            status, body = await self._engine.get("/v1/models", LOOK_SECONDS)
+        except TargetError as error:
+            raise OctavoError(f"{error}: start the server, or name another with --url") from None
+        if status in (401, 403):
             raise ConfigError(
-                f"the server at {self._job.url} does not serve {self._job.model!r}: name one of "
+                f"the server at {url} wants another API key (HTTP {status}): set OPENAI_API_KEY"
+            )
+        if status == 503:
+            raise OctavoError(f"the server at {url} is not ready: {error_message(body) or 'HTTP 503'}")
+        served = model_names(body) if status == 200 else None
+        if not served:  # a server may do without this page, and answer nevertheless
+            self._warnings.append(
+                f"{url}/v1/models names no model (HTTP {status}): is this an OpenAI-compatible server?"
+            )
+        if not self._job.model and served and len(served) == 1:
+            await self._engine.close()
+            self._connect(url, served[0])
+        elif not self._job.model:
+            there = f": name one of {', '.join(served)}" if served else ""
+            raise ConfigError(f"the server at {url} does not say which model is meant{there} with --model")
+        elif served and self._job.model not in served:
+            raise ConfigError(
+                f"the server at {url} does not serve {self._job.model!r}: name one of "
                 f"{', '.join(served)} with --model (TARGET_MODEL)"
             )
 
@@ -142,6 +150,15 @@ class UrlTarget:
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.close()
+
+
+async def check_server(spec: RunSpec) -> None:
+    """Raise OctavoError or ConfigError, as `UrlTarget.open` does, if the server of `spec` is not there."""
+    target = UrlTarget(spec)
+    try:
+        await target.open()
+    finally:
+        await target.close()
 
 
 def read_metrics(page: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from octavo.kernels.cpu._checks import check, dtype_number
 from octavo.kernels.cpu.library import AttnSpec, CpuLibrary, Step, load
 from octavo.kernels.cpu.linear import Packed, PackedLinear
 
-_NO_MEMORY, _BAD_ID = 1, 2
+_NO_MEMORY, _BAD_ID, _BAD_ROW = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +210,17 @@ class FusedDecoder:
         used = library or load()
         pointer, decoder = ctypes.c_void_p, ctypes.POINTER(_Decoder)
         self._forward = used.function(
-            "oc_decoder_forward",
+            "oc_decoder_run",
             ctypes.c_int32,
-            [decoder, ctypes.POINTER(Step), pointer, ctypes.POINTER(pointer), pointer],
+            [
+                decoder,
+                ctypes.POINTER(Step),
+                pointer,
+                ctypes.POINTER(pointer),
+                pointer,
+                ctypes.c_int64,
+                pointer,
+            ],
         )
         release = used.function("oc_decoder_release", None, [decoder])
         weakref.finalize(self, release, self._decoder)
@@ -223,11 +231,12 @@ class FusedDecoder:
         positions: torch.Tensor,  # [num_tokens] int64, -1 for padding rows
         metadata: AttentionMetadata,
         kv_caches: Sequence[torch.Tensor],  # one a layer, shaped by the CPU attention backend
+        wanted: torch.Tensor | None = None,  # [L] int64, ascending token rows; None: all
     ) -> torch.Tensor:
-        """Hidden states after the final norm, `[num_tokens, hidden]` in the model's dtype.
+        """Hidden states after the final norm, `[num_tokens, hidden]`, or [L, hidden], in the model's dtype.
 
-        Raises ValueError for wrong shapes or dtypes and for an id outside the vocabulary; nothing
-        has been stored then.
+        Raises ValueError for wrong shapes or dtypes, for an id outside the vocabulary and for wanted
+        rows that do not ascend or are not there; nothing has been stored then.
         """
         rows = metadata.num_tokens
         check(input_ids, "input_ids", [rows], torch.int64)
@@ -236,12 +245,20 @@ class FusedDecoder:
             raise ValueError(f"positions must be below {self._max_positions}, the length of cos and sin")
         step = cpu_attention.step_view(metadata)
         step.positions = positions.data_ptr()
-        out = torch.empty(rows, self.spec.hidden_size, dtype=self.spec.dtype)
+        count = rows
+        if wanted is not None:
+            check(wanted, "wanted", [None], torch.int64)
+            count = len(wanted)
+        out = torch.empty(count, self.spec.hidden_size, dtype=self.spec.dtype)
+        # no rows are another thing than NULL, and an empty tensor may lie nowhere
+        asked = None if wanted is None else wanted.data_ptr() or input_ids.data_ptr()
         with self._one_call:
             self._bind_caches(kv_caches)
             failed = self._forward(
-                self._decoder, step, input_ids.data_ptr(), self._cache_pointers, out.data_ptr()
+                self._decoder, step, input_ids.data_ptr(), self._cache_pointers, asked, count, out.data_ptr()
             )
+        if failed == _BAD_ROW:
+            raise ValueError(f"wanted rows must ascend and be in 0 .. {rows - 1}")
         if failed == _BAD_ID:
             raise ValueError(f"input_ids must be in 0 .. {self._vocab - 1}")
         if failed == _NO_MEMORY:

@@ -1,13 +1,13 @@
 """Attention over paged keys and values, for any mix of chunk, decode and verify rows in one launch.
 
-The rows of a request are cut into query tiles: ROWS token rows times the query heads that share a
-KV head, packed so that the matrix unit gets BLOCK_Q rows. `plan` says which rows each tile holds;
-it runs once a step, reads query_start_loc on the device, and leaves no trace on the host.
+The rows of a request are cut into query tiles: some token rows times the query heads that share a KV head.
+`plan` says which rows each tile holds; it runs once a step, reads query_start_loc on the device, and leaves
+no trace on the host. Tiles of few rows have a kernel of their own (attention_few.py), and so have those of
+many (attention_tile.py).
 
-Keys are read in groups of GROUP tokens, counted from position 0. Each group is summed by itself
-and folded into the result in order, whether one program reads all groups or PARTS programs share
-them (then the last to arrive folds what lies in the workspace). So a row's result depends on
-nothing but the row: not on the number of rows, of requests, or of programs.
+In tiles of few rows a row's result depends on nothing but the row: not on the number of rows, of requests,
+or of programs. The context is summed in spans whose ends are the same for all, and these are folded in order.
+How many columns of the matrix unit a tile fills changes no bit either; the tests on the GPU hold that.
 
 KV cache: [blocks, 2, kv_heads, block_size, head_dim], a head's share of a block in one piece.
 """
@@ -22,23 +22,29 @@ import triton
 import triton.language as tl
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
-from octavo.kernels.triton.attention_tile import attend_tile, group_places, prefetch_group
+from octavo.kernels.triton.attention_few import few_rows_kernel, spans_of
+from octavo.kernels.triton.attention_tile import many_rows_kernel
 from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.shared import PARTS, SharedScratch
 
-GROUP = 128  # tokens summed by themselves; part of the definition of a row's bits
+GROUP = 128  # tokens of a span, or summed by themselves; part of the definition of a row's bits
+MOST_FEW = 32  # columns of the matrix unit that the kernel for few rows fills at most
 FULL = 128  # programs that fill a card
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "least", "most", "whole"])
+@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "least", "most", "whole", "table_stride"])
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64
     table_rows_ptr,  # [num_reqs] int32, each request's row of the block table; None: row r is request r's
     prefixes_ptr,  # [num_reqs] int32, tokens of a prefix that is attended to elsewhere; None: there are none
-    tiles_ptr,  # [num_tiles, 6] int32: table row, first row, rows, first position seen, last + 1, parts
+    table_ptr,  # [table rows, table_stride] int32, the block table; None: nothing is known to be old
+    # [num_tiles, 8] int32: table row, first row, rows, first position seen, last + 1, parts, and how many of
+    # the request's tokens this step does not write
+    tiles_ptr,
+    table_stride,
     num_tiles,
     window,
     num_reqs,
@@ -52,6 +58,7 @@ def plan_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     FULL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     REQUESTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -60,15 +67,19 @@ def plan_kernel(
     tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, REQUESTS)
     starts = tl.load(starts_ptr + r, mask=r < num_reqs, other=0)
-    first_tile = tl.where(r < num_reqs, starts // ROWS + r, 2147483647)
+    ends = tl.load(starts_ptr + r + 1, mask=r < num_reqs, other=0)
+    # tiles without rows come last: a program with nothing to do has a place until the launch before ends
+    each = tl.cdiv(ends - starts, ROWS)
+    first_tile = tl.where(r < num_reqs, tl.cumsum(each) - each, 2147483647)
     request = tl.sum((first_tile[None, :] <= tiles[:, None]).to(tl.int32), axis=1) - 1
     start = tl.load(starts_ptr + request)
     end = tl.load(starts_ptr + request + 1)
-    first = start + (tiles - (start // ROWS + request)) * ROWS
+    skipped = tl.sum(tl.where(r[None, :] < request[:, None], each[None, :], 0), axis=1)
+    first = start + (tiles - skipped) * ROWS
     count = tl.minimum(tl.maximum(end - first, 0), ROWS)
     mine = (end - start >= least) & (end - start <= most)
-    begins = tl.load(positions_ptr + start, mask=end > start, other=-1) == 0
-    mine = mine & ~(begins & (end - start >= whole))
+    old = tl.load(positions_ptr + start, mask=end > start, other=-1).to(tl.int32)
+    mine = mine & ~((old == 0) & (end - start >= whole))
     count = tl.where(mine, count, 0)
     i = tl.arange(0, ROWS_PADDED)
     position = tl.load(
@@ -85,99 +96,49 @@ def plan_kernel(
     parts = tl.full((BLOCK_T,), 1, dtype=tl.int32)
     if PARTS > 1:
         # To share costs a few microseconds: it pays where few programs would run, or long ones.
-        ends = tl.load(starts_ptr + r + 1, mask=r < num_reqs, other=0)
-        programs = tl.sum(tl.where(r < num_reqs, tl.cdiv(ends - starts, ROWS), 0), axis=0) * KV_HEADS
+        programs = tl.sum(each, axis=0) * KV_HEADS
         alone = (programs >= FULL) | ((programs >= FULL // 2) & (last - lowest <= 8 * GROUP))
         parts = tl.where(alone, 1, PARTS)
     table_row = request
     if table_rows_ptr is not None:
         table_row = tl.load(table_rows_ptr + request, mask=valid & (request < num_reqs), other=0)
-    tl.store(tiles_ptr + tiles * 6, table_row, mask=valid)
-    tl.store(tiles_ptr + tiles * 6 + 1, first, mask=valid)
-    tl.store(tiles_ptr + tiles * 6 + 2, count, mask=valid)
-    tl.store(tiles_ptr + tiles * 6 + 3, lowest, mask=valid)
-    tl.store(tiles_ptr + tiles * 6 + 4, last, mask=valid)
-    tl.store(tiles_ptr + tiles * 6 + 5, parts, mask=valid)
-
-
-@triton.jit(do_not_specialize=["table_stride", "max_groups", "window"])
-def attention_kernel(
-    q_ptr,  # [num_tokens, HEADS, D], rotary applied
-    cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
-    out_ptr,  # [num_tokens, HEADS, D]
-    table_ptr,  # [table rows, table_stride] int32
-    tiles_ptr,  # [tiles, 6] int32
-    positions_ptr,  # [num_tokens] int64
-    sums_ptr,  # [num_tokens * HEADS, max_groups, D] float32
-    stats_ptr,  # [num_tokens * HEADS, max_groups, 2] float32
-    counter_ptr,  # [tiles, KV_HEADS] int32, zero between launches
-    prefix_sums_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, D] float32, see shared.py
-    prefix_stats_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, 2] float32
-    table_stride,
-    max_groups,
-    scale,
-    soft_cap,
-    window,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PREFIX_PARTS: tl.constexpr,  # partial sums over a shared prefix, where a tile has one; 0: none has
-    EARLY: tl.constexpr,  # the plan is older than the launch before this one
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    SHARED: tl.constexpr = HEADS // KV_HEADS
-    if not EARLY:
-        begin(PDL)
-    table_index = tl.load(tiles_ptr + tile * 6)
-    first_row = tl.load(tiles_ptr + tile * 6 + 1)
-    count = tl.load(tiles_ptr + tile * 6 + 2)
-    begin_at = tl.load(tiles_ptr + tile * 6 + 3)
-    last = tl.load(tiles_ptr + tile * 6 + 4)
-    i, d = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED)
-    position = tl.load(positions_ptr + first_row + i // SHARED, mask=i < count * SHARED, other=-1)
-    table_row = table_ptr + table_index.to(tl.int64) * table_stride
-    if EARLY:
-        if PDL:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
-            if begin_at // GROUP + part < tl.cdiv(last, GROUP):
-                # earlier steps wrote nearly all of it: the cache may fetch it during the wait
-                group = begin_at // GROUP + part
-                places = group_places(table_row, head, group, last, KV_HEADS, D, BLOCK_SIZE, GROUP)
-                prefetch_group(cache_ptr, places, KV_HEADS, D, D_PADDED, BLOCK_SIZE)
-        begin(PDL)
-    parts = 1
-    if PARTS > 1:
-        parts = tl.load(tiles_ptr + tile * 6 + 5)
-    if (count == 0) | (part >= parts):
-        return
-    column = (first_row + i // SHARED).to(tl.int64) * HEADS + head * SHARED + i % SHARED
-    inside = (i < count * SHARED)[:, None] & (d[None, :] < D)
-    q = tl.load(q_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0)
-    attend_tile(
-        tile, head, part, parts, first_row, count, begin_at, last, position.to(tl.int32), table_row, q,
-        cache_ptr, out_ptr, sums_ptr, stats_ptr, counter_ptr, prefix_sums_ptr, prefix_stats_ptr,
-        max_groups, scale, soft_cap, window, HEADS, KV_HEADS, D, D_PADDED, BLOCK_SIZE, BLOCK_Q, GROUP,
-        PARTS, STAGES, HAS_CAP, HAS_WINDOW, PREFIX_PARTS, PRECISION,
-    )  # fmt: skip
+    if table_ptr is None:
+        old = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    else:
+        # A request that begins in this step may share blocks which another one writes in this step. Shared
+        # blocks are the same from the first on, so the block that the other one writes first tells.
+        theirs = tl.load(positions_ptr + starts, mask=(r < num_reqs) & (ends > starts), other=-1).to(tl.int32)
+        their_row = r
+        if table_rows_ptr is not None:
+            their_row = tl.load(table_rows_ptr + r, mask=r < num_reqs, other=0)
+        block = tl.where(theirs >= 0, theirs // BLOCK_SIZE, 0)
+        written = table_ptr + their_row.to(tl.int64) * table_stride + block
+        written = tl.load(written, mask=theirs >= 0, other=-1)
+        asked = valid[:, None] & (theirs >= 0)[None, :] & (r[None, :] != request[:, None])
+        asked = asked & (theirs[None, :] < old[:, None])
+        ours = table_ptr + (table_row.to(tl.int64) * table_stride)[:, None] + block[None, :]
+        same = tl.load(ours, mask=asked, other=-2) == written[None, :]
+        old = tl.minimum(old, tl.min(tl.where(same, (block * BLOCK_SIZE)[None, :], 2147483647), axis=1))
+    tl.store(tiles_ptr + tiles * 8, table_row, mask=valid)
+    tl.store(tiles_ptr + tiles * 8 + 1, first, mask=valid)
+    tl.store(tiles_ptr + tiles * 8 + 2, count, mask=valid)
+    tl.store(tiles_ptr + tiles * 8 + 3, lowest, mask=valid)
+    tl.store(tiles_ptr + tiles * 8 + 4, last, mask=valid)
+    tl.store(tiles_ptr + tiles * 8 + 5, parts, mask=valid)
+    tl.store(tiles_ptr + tiles * 8 + 6, old, mask=valid)
 
 
 @dataclass(frozen=True, slots=True)
 class QueryTiling:
-    """How query rows are packed. One is used for a whole launch."""
+    """How query rows are packed. One is used for a whole launch.
 
-    block_q: int = 16
-    stages: int = 4  # keys are found through the block table, so two make one buffer
+    `block_q` of at most MOST_FEW goes to the kernel for few rows.
+    """
+
+    block_q: int = 8
+    stages: int = 3
     warps: int = 4
-    group: int | None = None  # tokens summed by themselves; None: GROUP
+    registers: int | None = None  # a thread may have at most; None: the compiler's choice
 
     def rows(self, spec: AttentionSpec) -> int:
         """Token rows of a tile."""
@@ -188,14 +149,14 @@ class QueryTiling:
 class TilePlan:
     """Which rows each query tile of a step holds."""
 
-    tiles: torch.Tensor  # [num_tiles, 6] int32
+    tiles: torch.Tensor  # [num_tiles, 8] int32, see plan_kernel
     tiling: QueryTiling
-    parts: int  # programs that share a tile's groups
+    parts: int  # programs that share a tile's spans
 
 
 @dataclass(slots=True)
 class Scratch:
-    """Sums of groups that several programs share; empty as long as nothing needs it."""
+    """Sums of spans that several programs share; empty as long as nothing needs it."""
 
     sums: torch.Tensor
     stats: torch.Tensor
@@ -206,7 +167,7 @@ class Scratch:
         cls, num_rows: int, max_len: int, spec: AttentionSpec, max_tiles: int, device: torch.device
     ) -> Scratch:
         """For steps of up to num_rows rows whose tiles are shared."""
-        places = num_rows * spec.num_heads * -(-max_len // GROUP)
+        places = num_rows * spec.num_heads * spans_of(max_len, GROUP)
         return cls(
             torch.empty(places * spec.head_dim, dtype=torch.float32, device=device),
             torch.empty(places * 2, dtype=torch.float32, device=device),
@@ -223,26 +184,31 @@ def plan(
     most: int = NO_LIMIT,
     pdl: bool | None = None,
     whole: int = NO_LIMIT,
+    block_size: int | None = None,
+    room: int = 16,
 ) -> TilePlan:
     """Cut the rows of a step into tiles; `least` and `most` choose requests by their number of rows.
 
-    `whole`: requests that begin in this step with so many rows or more are left out.
+    `whole`: requests that begin in this step with so many rows or more are left out. `block_size`: tokens of
+    a KV block; with it, keys and values older than the step are read before the step's own are written.
+    `room`: a power of two; any number of requests up to it takes the same compiled kernel.
     """
     rows = tiling.rows(spec)
     starts = metadata.query_start_loc
     num_reqs = metadata.num_reqs
     num_tiles = metadata.num_tokens // rows + num_reqs
-    tiles = torch.empty(num_tiles, 6, dtype=torch.int32, device=starts.device)
+    tiles = torch.empty(num_tiles, 8, dtype=torch.int32, device=starts.device)
     pdl = uses_pdl(starts) if pdl is None else pdl
     block_t = 16
     plan_kernel[(-(-num_tiles // block_t),)](
         starts, metadata.positions, metadata.table_rows,
-        None if metadata.shared is None else metadata.shared.lengths, tiles, num_tiles,
-        spec.sliding_window or 0, num_reqs, least, most, whole, ROWS=rows,
+        None if metadata.shared is None else metadata.shared.lengths,
+        None if block_size is None else metadata.block_table, tiles, metadata.block_table.stride(0),
+        num_tiles, spec.sliding_window or 0, num_reqs, least, most, whole, ROWS=rows,
         ROWS_PADDED=next_power_of_2(rows),
         HAS_WINDOW=spec.sliding_window is not None, PARTS=parts, KV_HEADS=spec.num_kv_heads, GROUP=GROUP,
-        FULL=FULL, BLOCK_T=block_t,
-        REQUESTS=max(16, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),
+        FULL=FULL, BLOCK_SIZE=block_size or 1, BLOCK_T=block_t,
+        REQUESTS=max(room, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
     return TilePlan(tiles, tiling, parts)
 
@@ -272,26 +238,46 @@ def attend(
         raise ValueError("a row of the block table must be contiguous")
     if (prefixes is None) != (metadata.shared is None):
         raise ValueError("shared prefixes and their sums go together")
-    max_groups = -(-metadata.max_seq_len // GROUP)
     parts, tiling = plan.parts, plan.tiling
+    is_few = tiling.block_q <= MOST_FEW
+    if parts > 1 and not is_few:
+        raise ValueError("tiles of many rows have one program each")
+    max_spans = spans_of(metadata.max_seq_len, GROUP)
     if parts > 1:
-        places = metadata.num_tokens * spec.num_heads * max_groups
+        places = metadata.num_tokens * spec.num_heads * max_spans
         if scratch is None or scratch.stats.numel() < places * 2:
-            raise ValueError(f"{places} sums of groups do not fit the scratch memory")
+            raise ValueError(f"{places} sums of spans do not fit the scratch memory")
         if scratch.counters.numel() < len(plan.tiles) * kv_heads:
             raise ValueError("too many query tiles for the scratch memory's counters")
     pdl = uses_pdl(q)
     has_cap = spec.soft_cap is not None
-    attention_kernel[(len(plan.tiles), kv_heads, parts)](
-        q, kv_cache, out, metadata.block_table, plan.tiles, metadata.positions,
-        out if scratch is None else scratch.sums, out if scratch is None else scratch.stats,
-        plan.tiles if scratch is None else scratch.counters,
-        out if prefixes is None else prefixes.sums, out if prefixes is None else prefixes.stats,
-        metadata.block_table.stride(0), max_groups, spec.scale * (1.0 if has_cap else LOG2_E),
-        spec.soft_cap or 1.0, spec.sliding_window or 0,
-        HEADS=spec.num_heads, KV_HEADS=kv_heads, D=head_dim, D_PADDED=max(16, next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size, BLOCK_Q=tiling.block_q, GROUP=tiling.group or GROUP, PARTS=parts,
-        PREFIX_PARTS=0 if prefixes is None else PARTS, EARLY=early, STAGES=tiling.stages, HAS_CAP=has_cap,
-        HAS_WINDOW=spec.sliding_window is not None,
-        PRECISION=dot_precision(q.dtype), PDL=pdl, num_warps=tiling.warps, **pdl_options(pdl),
+    scale = spec.scale * (1.0 if has_cap else LOG2_E)
+    shape = {
+        "HEADS": spec.num_heads, "KV_HEADS": kv_heads, "D": head_dim,
+        "D_PADDED": max(16, next_power_of_2(head_dim)), "BLOCK_SIZE": block_size, "BLOCK_Q": tiling.block_q,
+        "STAGES": tiling.stages, "HAS_CAP": has_cap, "HAS_WINDOW": spec.sliding_window is not None,
+        "PREFIX_PARTS": 0 if prefixes is None else PARTS, "EARLY": early,
+        "PRECISION": dot_precision(q.dtype), "PDL": pdl, "num_warps": tiling.warps, **pdl_options(pdl),
+    }  # fmt: skip
+    if tiling.registers is not None:
+        shape["maxnreg"] = tiling.registers
+    of_prefixes = (out, out) if prefixes is None else (prefixes.sums, prefixes.stats)
+    if not is_few:
+        many_rows_kernel[(len(plan.tiles), kv_heads)](
+            q, kv_cache, out, metadata.block_table, plan.tiles, metadata.positions, *of_prefixes,
+            metadata.block_table.stride(0), scale, spec.soft_cap or 1.0, spec.sliding_window or 0,
+            GROUP=GROUP, **shape,
+        )  # fmt: skip
+        return
+    sums = (out, out, plan.tiles) if scratch is None else (scratch.sums, scratch.stats, scratch.counters)
+    few_rows_kernel[(len(plan.tiles) * kv_heads, parts)](
+        q, kv_cache, out, metadata.block_table, plan.tiles, metadata.positions, *sums, *of_prefixes,
+        metadata.block_table.stride(0), max_spans, scale, spec.soft_cap or 1.0, spec.sliding_window or 0,
+        TOKENS=min(GROUP, tokens_at_once(q.dtype, head_dim)), SPAN=GROUP, PARTS=parts,
+        AHEAD=tiling.block_q == 8, **shape,
     )  # fmt: skip
+
+
+def tokens_at_once(dtype: torch.dtype, head_dim: int) -> int:
+    """Tokens whose keys and values a program of few rows takes at a time; part of a row's bits."""
+    return 64 // (2 if head_dim > 128 else 1) // (dtype.itemsize // 2)

@@ -1,6 +1,7 @@
-"""One query tile of paged attention: some rows of a request, one KV head, one part of the tile's groups.
+"""Attention of query tiles of many rows: chunks of prompts that no other kernel takes. See attention.py.
 
-The attention kernel computes a tile a program; the persistent decoder walks over them. See attention.py.
+A program computes one tile: some rows of a request and the query heads that share a KV head. Keys are read in
+groups of GROUP tokens, counted from position 0; each is summed by itself and folded into the result in order.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.launch import prefetch
+from octavo.kernels.triton.launch import begin, prefetch
 
 
 @triton.jit
@@ -69,8 +70,9 @@ def fold(most, weight, acc, most_g, weight_g, acc_g):
     higher = tl.maximum(most, most_g)
     base = tl.where(higher == float("-inf"), 0.0, higher)
     ours, theirs = tl.exp2(most - base), tl.exp2(most_g - base)
-    acc = acc * ours[:, None] + acc_g * theirs[:, None]
-    return higher, weight * ours + weight_g * theirs, acc
+    # which of the two products is rounded is said here, so that it is the same wherever this is compiled
+    acc = tl.fma(acc, tl.broadcast_to(ours[:, None], acc.shape), acc_g * theirs[:, None])
+    return higher, tl.fma(weight, ours, weight_g * theirs), acc
 
 
 @triton.jit
@@ -108,40 +110,6 @@ def prefetch_group(
 
 
 @triton.jit
-def fold_groups(
-    column,  # [rows] int64: row of the step and head, as one number
-    valid,  # [rows]
-    first_group,
-    num_groups,
-    sums_ptr,
-    stats_ptr,
-    max_groups,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # groups on their way at once
-):
-    """The sums of groups that several programs left, folded in their order."""
-    d = tl.arange(0, D_PADDED)
-    inside = valid[:, None] & (d[None, :] < D)
-    most = tl.full(column.shape, float("-inf"), dtype=tl.float32)
-    weight = tl.zeros(column.shape, dtype=tl.float32)
-    acc = tl.zeros((column.shape[0], D_PADDED), dtype=tl.float32)
-    for start in range(first_group, num_groups, AT_ONCE):
-        for step in tl.static_range(AT_ONCE):
-            group = start + step
-            place = column * max_groups + group
-            there = valid & (group < num_groups)
-            most_g = tl.load(stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-            weight_g = tl.load(stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            acc_g = tl.load(
-                sums_ptr + place[:, None] * D + d[None, :], mask=inside & (group < num_groups), other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            most, weight, acc = fold(most, weight, acc, most_g, weight_g, acc_g)
-    return most, weight, acc
-
-
-@triton.jit
 def write_tile(
     column,  # [rows] int64
     valid,  # [rows]
@@ -176,28 +144,18 @@ def write_tile(
     tl.store(out_ptr + column[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def attend_tile(
-    tile,
-    head,
-    part,
-    parts,  # programs that share the tile
-    first_row,
-    count,  # token rows, not 0
-    begin_at,  # first position seen
-    last,  # one behind the last
-    position,  # [BLOCK_Q] int32, -1 for rows that see nothing
-    table_row,  # pointer to the request's block ids
-    q,  # [BLOCK_Q, D_PADDED]
-    cache_ptr,  # the rest as in the attention kernel
-    out_ptr,
-    sums_ptr,
-    stats_ptr,
-    counter_ptr,
-    prefix_sums_ptr,
-    prefix_stats_ptr,
-    max_groups,
-    scale,
+@triton.jit(do_not_specialize=["table_stride", "window"])
+def many_rows_kernel(
+    q_ptr,  # [num_tokens, HEADS, D], rotary applied
+    cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
+    out_ptr,  # [num_tokens, HEADS, D]
+    table_ptr,  # [table rows, table_stride] int32
+    tiles_ptr,  # [tiles, 8] int32, see plan_kernel
+    positions_ptr,  # [num_tokens] int64
+    prefix_sums_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, D] float32, see shared.py
+    prefix_stats_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, 2] float32
+    table_stride,
+    scale,  # times log2(e), where there is no soft cap
     soft_cap,
     window,
     HEADS: tl.constexpr,
@@ -207,77 +165,50 @@ def attend_tile(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    PREFIX_PARTS: tl.constexpr,
+    PREFIX_PARTS: tl.constexpr,  # partial sums over a shared prefix, where a tile has one; 0: none has
+    EARLY: tl.constexpr,  # the plan is older than the launch before this one
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Sum a part's groups; the part that arrives last writes the tile's result."""
+    tile, head = tl.program_id(0), tl.program_id(1)
     SHARED: tl.constexpr = HEADS // KV_HEADS
-    SHARED_PADDED: tl.constexpr = triton.next_power_of_2(SHARED)
+    if not EARLY:
+        begin(PDL)
+    table_index = tl.load(tiles_ptr + tile * 8)
+    first_row = tl.load(tiles_ptr + tile * 8 + 1)
+    count = tl.load(tiles_ptr + tile * 8 + 2)
+    begin_at = tl.load(tiles_ptr + tile * 8 + 3)
+    last = tl.load(tiles_ptr + tile * 8 + 4)
     i, d = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED)
-    row = first_row + i // SHARED
     valid = i < count * SHARED
-    column = row.to(tl.int64) * HEADS + head * SHARED + i % SHARED
+    position = tl.load(positions_ptr + first_row + i // SHARED, mask=valid, other=-1).to(tl.int32)
+    table_row = table_ptr + table_index.to(tl.int64) * table_stride
+    first_group, num_groups = begin_at // GROUP, tl.cdiv(last, GROUP)
+    if EARLY:
+        if PDL:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+            if first_group < num_groups:
+                # earlier steps wrote nearly all of it: the cache may fetch it during the wait
+                places = group_places(table_row, head, first_group, last, KV_HEADS, D, BLOCK_SIZE, GROUP)
+                prefetch_group(cache_ptr, places, KV_HEADS, D, D_PADDED, BLOCK_SIZE)
+        begin(PDL)
+    if count == 0:
+        return
+    column = (first_row + i // SHARED).to(tl.int64) * HEADS + head * SHARED + i % SHARED
     inside = valid[:, None] & (d[None, :] < D)
-    first_group = begin_at // GROUP
-    num_groups = tl.cdiv(last, GROUP)
+    q = tl.load(q_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0)
     most = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_Q, D_PADDED), dtype=tl.float32)
-    for group in tl.range(first_group + part, num_groups, parts, num_stages=STAGES):
+    for group in tl.range(first_group, num_groups, num_stages=STAGES):
         most_g, weight_g, acc_g = sum_group(
             q, position, cache_ptr, table_row, head, group * GROUP, last, scale, soft_cap, window,
             KV_HEADS, D, D_PADDED, BLOCK_SIZE, GROUP, HAS_CAP, HAS_WINDOW, PRECISION,
         )  # fmt: skip
         most, weight, acc = fold(most, weight, acc, most_g, weight_g, acc_g)
-        if PARTS > 1:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
-            if parts > 1:
-                place = column * max_groups + group
-                tl.store(sums_ptr + place[:, None] * D + d[None, :], acc_g, mask=inside)
-                tl.store(stats_ptr + place * 2, most_g, mask=valid)
-                tl.store(stats_ptr + place * 2 + 1, weight_g, mask=valid)
-
-    writes = part == 0
-    if PARTS > 1:
-        num_parts = tl.minimum(num_groups - first_group, parts)
-        if (parts > 1) & (num_parts > 0):  # 0: all rows are padding
-            writes, finishes = False, False
-            if part < num_parts:
-                tl.debug_barrier()
-                finishes = True
-                if num_parts > 1:
-                    counter = counter_ptr + tile * KV_HEADS + head
-                    finishes = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1
-                    if finishes:
-                        tl.store(counter, 0)
-            if finishes:
-                if count == 1:
-                    # a decode row: its heads alone are a small tile, and leave room for many groups
-                    few = tl.arange(0, SHARED_PADDED)
-                    place = first_row.to(tl.int64) * HEADS + head * SHARED + few
-                    valid_few = few < SHARED
-                    most_few, weight_few, acc_few = fold_groups(
-                        place, valid_few, first_group, num_groups, sums_ptr, stats_ptr, max_groups, D,
-                        D_PADDED, 16,
-                    )  # fmt: skip
-                    write_tile(
-                        place, valid_few, valid_few & (tl.max(position) >= 0), begin_at, most_few, weight_few,
-                        acc_few, out_ptr, prefix_sums_ptr, prefix_stats_ptr, D, D_PADDED, PREFIX_PARTS,
-                    )  # fmt: skip
-                else:
-                    most, weight, acc = fold_groups(
-                        column, valid, first_group, num_groups, sums_ptr, stats_ptr, max_groups, D, D_PADDED,
-                        4,
-                    )  # fmt: skip
-                    write_tile(
-                        column, valid, valid & (position >= 0), begin_at, most, weight, acc, out_ptr,
-                        prefix_sums_ptr, prefix_stats_ptr, D, D_PADDED, PREFIX_PARTS,
-                    )  # fmt: skip
-    if writes:
-        write_tile(
-            column, valid, valid & (position >= 0), begin_at, most, weight, acc, out_ptr, prefix_sums_ptr,
-            prefix_stats_ptr, D, D_PADDED, PREFIX_PARTS,
-        )  # fmt: skip
+    write_tile(
+        column, valid, valid & (position >= 0), begin_at, most, weight, acc, out_ptr, prefix_sums_ptr,
+        prefix_stats_ptr, D, D_PADDED, PREFIX_PARTS,
+    )  # fmt: skip

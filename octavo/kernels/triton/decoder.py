@@ -14,6 +14,7 @@ anything, so all can be captured in a graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,22 +25,29 @@ import torch.nn.functional as F
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
 from octavo.kernels.triton import attention, persistent, pointwise, products, prompt, shared, wide_gate_up
 from octavo.kernels.triton.attention import QueryTiling, Scratch, TilePlan
+from octavo.kernels.triton.attention_few import spans_of
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
+from octavo.kernels.triton.rope_store import rope_store
+
+logger = logging.getLogger("octavo")
 
 # Requests with at most this many rows are packed into the narrow query tiles, larger ones into the
 # wide: by the request alone, so that the rows beside it do not decide how it is computed.
 NARROW_ROWS = 16
-NARROW = QueryTiling(block_q=16, stages=4, warps=4)
-NARROW_DEEP = QueryTiling(block_q=16, stages=6, warps=4)  # one program has a multiprocessor for itself
 WIDE = QueryTiling(block_q=128, stages=2, warps=8)
 WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
-WIDE_FLOAT32 = QueryTiling(block_q=16, stages=1, warps=4)
 FEW_ROWS = 64  # beyond, the library's products are faster; up to MAX_ROWS the rows would stay invariant
 # Up to so many rows the library's o and down get a bias of zeros: a product with a bias goes to cuBLASLt,
 # which cuts their K better (8B, 96 rows: 5.36 ms a step instead of 5.51; from 128 on nothing is gained).
 _BIASED_ROWS = 96
+# From more rows on, the library's o and down add to the residual stream themselves, so that the norm behind
+# them reads half as much and writes half as much (8,192 rows: 0.6B 9.8 us instead of 17.8, 8B 33.8 and 67.6).
+_ADDED_ROWS = 512
+_MOST_WANTED = 256  # rows that leave the others behind in the last layer; where more are wanted, all go on
 _SHARED_ROWS = 32  # above so many rows there are enough query tiles to fill the card
+_FULL = attention.FULL
+_CROWD = 264  # programs of attention, beyond which they are kept small
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +78,29 @@ class LayerTilings:
     down: Tiling
 
 
-def narrow_tiling(num_rows: int, num_kv_heads: int) -> tuple[QueryTiling, int]:
-    """How decode rows are cut in a step of so many rows, and how many programs may share one: as measured.
+def narrow_tiling(
+    num_rows: int, rows_a_request: int, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16
+) -> tuple[QueryTiling, int]:
+    """How a step of so many rows is cut, and how many programs may share a query tile: as measured.
 
-    Neither changes a bit of the result.
+    Requests have `rows_a_request` rows, as a rule. Nothing here changes a bit of the result.
     """
-    if num_rows > _SHARED_ROWS:
-        return NARROW, 1
-    programs = num_kv_heads * max(1, num_rows)
+    heads = spec.num_heads // spec.num_kv_heads
+    wanted = next_power_of_2(heads * min(rows_a_request, NARROW_ROWS))
+    most = 16 if dtype == torch.float32 else attention.MOST_FEW
+    block_q = max(8, min(wanted, most), next_power_of_2(heads))
+    programs = spec.num_kv_heads * max(1, num_rows)
     parts = next_power_of_2(max(1, min(16, 256 // programs)))
-    return (NARROW if parts > 4 else NARROW_DEEP), parts
+    if num_rows > _SHARED_ROWS or programs >= _FULL:
+        parts = 1
+    if dtype == torch.float32:
+        return QueryTiling(block_q, stages=2), parts
+    if block_q > 8 or parts > 4:
+        return QueryTiling(block_q, stages=3), parts
+    if programs > _CROWD and spec.head_dim <= 128:
+        # four to a multiprocessor, each with one buffer: none has to wait for a place
+        return QueryTiling(block_q, stages=2, registers=128), parts
+    return QueryTiling(block_q, stages=4 if parts == 1 else 5), parts
 
 
 def plans_of(
@@ -87,23 +108,26 @@ def plans_of(
     spec: AttentionSpec,
     dtype: torch.dtype = torch.bfloat16,
     one_tiling: bool = False,
+    block_size: int | None = None,
 ) -> list[TilePlan]:
     """The launches that attention of a step takes: narrow query tiles, wide ones, or both.
 
     With `one_tiling` always the narrow ones: slower for chunks, and the same bits however a prompt
-    is cut into them.
+    is cut into them. `block_size`: see attention.plan.
     """
-    narrow, parts = narrow_tiling(metadata.num_tokens, spec.num_kv_heads)
-    if dtype == torch.float32 or spec.head_dim > 128:
-        narrow = NARROW
-    if one_tiling or metadata.num_tokens <= NARROW_ROWS or metadata.max_query_len <= NARROW_ROWS:
-        return [attention.plan(metadata, spec, narrow, parts)]
+    longest = metadata.max_query_len
+    usual = longest
+    if longest <= NARROW_ROWS or not one_tiling:
+        usual = min(longest, metadata.usual_query_len or longest)
+    narrow, parts = narrow_tiling(metadata.num_tokens, usual, spec, dtype)
+    if one_tiling or metadata.num_tokens <= NARROW_ROWS or longest <= NARROW_ROWS:
+        return [attention.plan(metadata, spec, narrow, parts, block_size=block_size)]
     wide = WIDE if spec.head_dim <= 128 else WIDE_HEAD
     if dtype == torch.float32:
-        wide = WIDE_FLOAT32
+        wide = narrow_tiling(metadata.num_tokens, NARROW_ROWS, spec, dtype)[0]
     plans = []
     if metadata.min_query_len <= NARROW_ROWS:
-        plans.append(attention.plan(metadata, spec, narrow, parts, most=NARROW_ROWS))
+        plans.append(attention.plan(metadata, spec, narrow, parts, most=NARROW_ROWS, block_size=block_size))
     if len(metadata.long_chunks) < metadata.num_reqs:
         most = whole = attention.NO_LIMIT
         if any(start for *_, start in metadata.long_chunks):
@@ -173,9 +197,19 @@ class FusedDecoder:
         self._persistent: persistent.PersistentDecoder | None = None
         if self.few_rows:
             self._allocate()
-            if runs_as_one and persistent.serves(layers):
-                programs = persistent.programs_of(table.device)
-                self._persistent = persistent.PersistentDecoder(layers, cos, sin, eps, programs)
+            if runs_as_one:
+                self._persistent = self._as_one()
+
+    def _as_one(self) -> persistent.PersistentDecoder | None:
+        """All layers as one kernel, for steps of one row; None, and a line in the log, where it cannot be."""
+        programs = persistent.programs_of(self._table.device)
+        reason = persistent.why_not(self._layers, programs)
+        if reason is not None:
+            logger.info("a row of the draft model takes separate kernels, not one for all layers: %s", reason)
+            return None
+        return persistent.PersistentDecoder(
+            self._layers, self._table, self._final_norm, self._cos, self._sin, self._eps, programs
+        )
 
     def _allocate(self) -> None:
         first, rows, device = self._layers[0], self.few_rows, self._table.device
@@ -194,6 +228,11 @@ class FusedDecoder:
         weights = (first.qkv, first.o, first.gate_up, first.down)
         widest = max(len(weight) for weight in weights)
         self._workspace = Workspace.allocate(16 * hidden * rows + 4 * widest * rows, 4 * widest // 16, device)
+
+    @property
+    def one_row_context(self) -> int | None:
+        """The longest context for which one row is one kernel; None if it never is."""
+        return None if self._persistent is None else persistent.LONGEST
 
     @property
     def spec(self) -> AttentionSpec:
@@ -221,15 +260,22 @@ class FusedDecoder:
         positions: torch.Tensor,  # [num_tokens] int64
         ctx: ForwardContext,
     ) -> torch.Tensor:
-        """Hidden states after the final norm: [num_tokens, hidden]."""
+        """Hidden states after the final norm: [num_tokens, hidden], or of the rows that `ctx` wants."""
+        is_plain = len(input_ids) <= self.few_rows or self._one_tiling
+        if ctx.wanted is not None and (is_plain or len(ctx.wanted) > _MOST_WANTED):
+            return self.forward(input_ids, positions, replace(ctx, wanted=None))[ctx.wanted]
         if ctx.attention.long_chunks and not (self._serves_long_chunks and len(input_ids) > self.few_rows):
             ctx = replace(ctx, attention=replace(ctx.attention, long_chunks=()))
-        if self._persistent is not None and len(input_ids) == 1 and ctx.attention.shared is None:
-            stream = self._stream[:1]
-            pointwise.embed(input_ids, self._table, stream)
-            self._persistent.run(stream, ctx.kv_caches, ctx.attention)
-            return pointwise.norm(stream, self._final_norm, self._eps)
-        plans = plans_of(ctx.attention, self._layers[0].attention, self._table.dtype, self._one_tiling)
+        if self._persistent is not None and persistent.takes(ctx.attention):
+            try:
+                return self._persistent.run(input_ids, ctx.kv_caches, ctx.attention)
+            except persistent.Refused as error:
+                self._persistent = None
+                logger.warning("a row of the draft model takes separate kernels: %s", error)
+        plans = plans_of(
+            ctx.attention, self._layers[0].attention, self._table.dtype, self._one_tiling,
+            ctx.kv_caches[0].shape[3],
+        )  # fmt: skip
         scratch, prefixes = self._scratch_for(ctx.attention, plans), self._prefix_scratch_for(ctx.attention)
         attend = _Attend(plans, scratch, prefixes)
         if len(input_ids) <= self.few_rows:
@@ -287,33 +333,77 @@ class FusedDecoder:
         rows, eps, slots = len(input_ids), self._eps, ctx.attention.slot_mapping
         stream = torch.empty(rows, self._table.shape[1], dtype=self._table.dtype, device=self._table.device)
         wide = wide_gate_up.choose_tiling(self._layers[0].gate_up, rows)
-        no_bias = self._zeros if rows <= _BIASED_ROWS else None
         pointwise.embed(input_ids, self._table, stream)
         x = pointwise.norm(stream, self._layers[0].input_norm, eps)
         long = prompt.plan(ctx.attention) if ctx.attention.long_chunks else None
         for index, layer in enumerate(self._layers):
             cache = ctx.kv_caches[index]
+            if ctx.wanted is not None and index + 1 == len(self._layers):
+                return self._end(layer, x, stream, cache, ctx.attention, ctx.wanted)
             qkv = F.linear(x, layer.qkv, layer.qkv_bias)
-            q = pointwise.rope_store(
+            q = rope_store(
                 qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache, long is not None
             )
             attended = torch.empty_like(q)
             if long is not None:
                 prompt.attend(q, qkv, cache, attended, ctx.attention, layer.attention, long)
             attend(q, cache, attended, ctx.attention, layer.attention)
-            x = F.linear(attended.flatten(1), layer.o, no_bias if layer.o_bias is None else layer.o_bias)
+            normed = None if wide is None else self._normed[:rows]
+            x = self._residual(attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm, normed)
             if wide is not None:
-                pointwise.norm(x, layer.post_norm, eps, stream, self._normed[:rows])
                 x = x.new_empty(rows, layer.down.shape[1])
                 wide_gate_up.gate_up(
                     self._normed[: wide.block_m], layer.gate_up, layer.gate_up_bias, None, eps, x, wide
                 )
             else:
-                x = pointwise.norm(x, layer.post_norm, eps, stream)
                 x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
-            x = F.linear(x, layer.down, no_bias if layer.down_bias is None else layer.down_bias)
-            x = pointwise.norm(x, self._norm_after(index), eps, stream)
+            x = self._residual(x, layer.down, layer.down_bias, stream, self._norm_after(index))
         return x
+
+    def _residual(
+        self,
+        x: torch.Tensor,  # [num_tokens, in]
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stream: torch.Tensor,  # [num_tokens, hidden], the product is added to it
+        norm: torch.Tensor,
+        out: torch.Tensor | None = None,  # [num_tokens, hidden], written and returned
+    ) -> torch.Tensor:
+        """A product of the library into the residual stream: the norm behind it."""
+        if len(x) > _ADDED_ROWS and bias is None:
+            return pointwise.norm(stream.addmm_(x, weight.t()), norm, self._eps, out=out)
+        if len(x) <= _BIASED_ROWS and bias is None:
+            bias = self._zeros
+        return pointwise.norm(F.linear(x, weight, bias), norm, self._eps, stream, out)
+
+    def _end(
+        self,
+        layer: Layer,
+        x: torch.Tensor,  # [num_tokens, hidden], normed
+        stream: torch.Tensor,  # [num_tokens, hidden]
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        wanted: torch.Tensor,  # [L] token rows
+    ) -> torch.Tensor:
+        """The last layer: keys and values of all rows, and the rest for the wanted ones: [L, hidden]."""
+        spec, bias = layer.attention, layer.qkv_bias
+        tables = layer.qk_norms, self._eps, self._cos, self._sin
+        queries = spec.num_heads * spec.head_dim
+        keys_values = F.linear(x, layer.qkv[queries:], None if bias is None else bias[queries:])
+        rope_store(keys_values, *tables, metadata.positions, metadata.slot_mapping, cache)
+        if not len(wanted):
+            return stream[:0]
+        metadata = metadata.only(wanted)
+        tiling, _ = narrow_tiling(_MOST_WANTED, 1, spec, self._table.dtype)  # one form for any number
+        plan = attention.plan(metadata, spec, tiling, room=_MOST_WANTED)
+        x, stream = x[wanted], stream[wanted]
+        nowhere = torch.full_like(metadata.slot_mapping, -1)
+        q = rope_store(F.linear(x, layer.qkv, bias), *tables, metadata.positions, nowhere, cache)
+        attended = torch.empty_like(q)
+        _Attend([plan], None, None)(q, cache, attended, metadata, spec)
+        x = self._residual(attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm)
+        x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
+        return self._residual(x, layer.down, layer.down_bias, stream, self._final_norm)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -321,6 +411,8 @@ class FusedDecoder:
         layers = self._layers
         first = {layer.attention.sliding_window: layer for layer in reversed(layers)}
         self._layers = [layer for layer in layers if first[layer.attention.sliding_window] is layer]
+        if self._layers[-1] is not layers[-1]:  # where few rows are wanted, the last layer is another kind
+            self._layers.append(layers[-1])
         try:
             yield
         finally:
@@ -346,8 +438,8 @@ class FusedDecoder:
         if all(plan.parts == 1 for plan in plans):
             return None
         spec = self._layers[0].attention
-        groups = -(-metadata.max_seq_len // attention.GROUP)
-        places = _SHARED_ROWS * spec.num_heads * groups
+        spans = spans_of(metadata.max_seq_len, attention.GROUP)
+        places = _SHARED_ROWS * spec.num_heads * spans
         if not self._scratch or self._scratch[-1].stats.numel() < places * 2:
             tiles = _SHARED_ROWS * 2 + 2
             self._scratch.append(

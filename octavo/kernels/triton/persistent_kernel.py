@@ -141,7 +141,6 @@ def decoder_kernel(
     PRECISION: tl.constexpr,
     PROGRAMS: tl.constexpr,
     COUNTERS: tl.constexpr,  # a power of two, at least those in done_ptr
-    AHEAD: tl.constexpr,  # weights are asked for before the phase before is computed, not behind it
     SPINS: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -203,9 +202,6 @@ def decoder_kernel(
 
         # the product behind attention
         o_weights = weight_tiles(o, pid, 0, O_UNITS, Q, CHUNK, O_BATCH, PROGRAMS)
-        if AHEAD:
-            gates = weight_tiles(gate_up, pid, 0, GATE_UP_UNITS, HIDDEN, CHUNK, GATE_UP_BATCH, PROGRAMS)
-            ups = weight_tiles(gate_up, pid, WIDTH, GATE_UP_UNITS, HIDDEN, CHUNK, GATE_UP_BATCH, PROGRAMS)
         wait(done + 1, tl.minimum(items, PROGRAMS), SPINS)
         _residual(
             o_weights, o, attended_ptr + nothing, o_bias_ptr + _place(layers_ptr, layer, 5),
@@ -215,11 +211,8 @@ def decoder_kernel(
             arrive(done + 2)
 
         # gate and up
-        if AHEAD:
-            down_weights = weight_tiles(down, pid, 0, O_UNITS, WIDTH, CHUNK, DOWN_BATCH, PROGRAMS)
-        else:
-            gates = weight_tiles(gate_up, pid, 0, GATE_UP_UNITS, HIDDEN, CHUNK, GATE_UP_BATCH, PROGRAMS)
-            ups = weight_tiles(gate_up, pid, WIDTH, GATE_UP_UNITS, HIDDEN, CHUNK, GATE_UP_BATCH, PROGRAMS)
+        gates = weight_tiles(gate_up, pid, 0, GATE_UP_UNITS, HIDDEN, CHUNK, GATE_UP_BATCH, PROGRAMS)
+        ups = weight_tiles(gate_up, pid, WIDTH, GATE_UP_UNITS, HIDDEN, CHUNK, GATE_UP_BATCH, PROGRAMS)
         norms = row_tiles(post_norm_ptr + _place(layers_ptr, layer, 6), HIDDEN, CHUNK)
         wait(done + 2, min(O_UNITS, PROGRAMS), SPINS)
         _gate_up(
@@ -231,10 +224,7 @@ def decoder_kernel(
             arrive(done + 3)
 
         # down
-        if AHEAD:
-            weights = weight_tiles(next_qkv, pid, 0, QKV_UNITS, HIDDEN, CHUNK, QKV_BATCH, PROGRAMS)
-        else:
-            down_weights = weight_tiles(down, pid, 0, O_UNITS, WIDTH, CHUNK, DOWN_BATCH, PROGRAMS)
+        down_weights = weight_tiles(down, pid, 0, O_UNITS, WIDTH, CHUNK, DOWN_BATCH, PROGRAMS)
         wait(done + 3, min(GATE_UP_UNITS, PROGRAMS), SPINS)
         _residual(
             down_weights, down, activated_ptr + nothing, down_bias_ptr + _place(layers_ptr, layer, 10),
@@ -245,8 +235,7 @@ def decoder_kernel(
 
         # queries, keys and values of the next layer
         if layer + 1 < num_layers:
-            if not AHEAD:
-                weights = weight_tiles(next_qkv, pid, 0, QKV_UNITS, HIDDEN, CHUNK, QKV_BATCH, PROGRAMS)
+            weights = weight_tiles(next_qkv, pid, 0, QKV_UNITS, HIDDEN, CHUNK, QKV_BATCH, PROGRAMS)
             norms = row_tiles(input_norm_ptr + _place(layers_ptr, layer + 1, 11), HIDDEN, CHUNK)
             wait(done + 4, min(O_UNITS, PROGRAMS), SPINS)
             _qkv(

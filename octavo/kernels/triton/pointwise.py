@@ -1,4 +1,4 @@
-"""Kernels that work a row at a time: embedding, norms, SiLU·mul, and qk-norm + rotary + store.
+"""Kernels that work a row at a time: embedding, norms, SiLU·mul, and keys and values into the cache.
 
 The steps of few rows have most of these inside their products (see products); these serve the
 larger ones, and the two ends of every forward.
@@ -14,7 +14,7 @@ import triton.language as tl
 from octavo.kernels.triton.launch import begin, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.product_sums import row_scales
 from octavo.kernels.triton.products import SQUARES_WIDTH
-from octavo.kernels.triton.qkv_kernel import kv_offsets, rotate_head
+from octavo.kernels.triton.qkv_kernel import kv_offsets
 
 
 @triton.jit
@@ -108,65 +108,6 @@ def silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PD
     up = tl.load(x_ptr + row * 2 * WIDTH + WIDTH + column, mask=mask, other=0.0).to(tl.float32)
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def rope_store_kernel(
-    qkv_ptr,  # [num_tokens, HEADS + 2 * KV_HEADS, D]; KEEPS: the keys are changed in place as well
-    q_norm_ptr,
-    k_norm_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    slots_ptr,
-    q_ptr,  # [num_tokens, HEADS, D]
-    cache_ptr,
-    num_tokens,
-    eps,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    HALF_ROTARY: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    KEEPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    begin(PDL)
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = tl.program_id(1)
-    valid = tokens < num_tokens
-    d = tl.arange(0, D_PADDED)
-    base = qkv_ptr + (tokens.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head)[:, None] * D
-    mask = valid[:, None] & (d[None, :] < D)
-    x = tl.load(base + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    slots = tl.load(slots_ptr + tokens, mask=valid, other=-1)
-    if head < HEADS + KV_HEADS:
-        partner = tl.where(d < HALF_ROTARY, d + HALF_ROTARY, d - HALF_ROTARY)
-        partner = tl.where(d < 2 * HALF_ROTARY, partner, d)
-        other = tl.load(base + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-        position = tl.maximum(tl.load(positions_ptr + tokens, mask=valid, other=0), 0)
-        norm_ptr = q_norm_ptr
-        if head >= HEADS:
-            norm_ptr = k_norm_ptr
-        x = rotate_head(
-            x, other, norm_ptr, cos_ptr, sin_ptr, position, valid, eps, D, HALF_ROTARY, NORM, D_PADDED
-        )
-    if head < HEADS:
-        out = q_ptr + (tokens.to(tl.int64) * HEADS + head)[:, None] * D + d[None, :]
-        tl.store(out, x.to(q_ptr.dtype.element_ty), mask=mask)
-    else:
-        is_value = head >= HEADS + KV_HEADS
-        kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
-        where = kv_offsets(slots, kv_head, tl.where(is_value, 1, 0), BLOCK_SIZE, KV_HEADS, D)
-        out = cache_ptr + where[:, None] + d[None, :]
-        tl.store(out, x.to(cache_ptr.dtype.element_ty), mask=mask & (slots >= 0)[:, None])
-        if KEEPS:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
-            if not is_value:
-                tl.debug_barrier()  # a number is read by whoever computes its partner
-                tl.store(base + d[None, :], x.to(qkv_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -277,42 +218,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     pdl = uses_pdl(gate_up)
     block = min(2048, next_power_of_2(width))
     silu_mul_kernel[(num_rows, -(-width // block))](
-        gate_up, out, WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, **pdl_options(pdl)
+        gate_up, out, WIDTH=width, BLOCK=block, PDL=pdl, num_warps=8, **pdl_options(pdl)
     )
     return out
-
-
-def rope_store(
-    qkv: torch.Tensor,  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-    cos: torch.Tensor,  # [positions, rotary_dim / 2] float32
-    sin: torch.Tensor,
-    positions: torch.Tensor,  # [num_tokens] int64
-    slots: torch.Tensor,  # [num_tokens] int64
-    kv_cache: torch.Tensor,  # [blocks, 2, kv_heads, block_size, head_dim], written
-    keeps: bool = False,
-) -> torch.Tensor:
-    """qk-norm and rotary; keys and values into the cache; returns q [num_tokens, heads, head_dim].
-
-    `keeps`: the keys in qkv are replaced by what the cache gets.
-    """
-    _, _, kv_heads, block_size, head_dim = kv_cache.shape
-    num_tokens = qkv.shape[0]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    if not qkv.is_contiguous():
-        raise ValueError("qkv must be contiguous")
-    q = torch.empty(num_tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    q_norm, k_norm = norms or (qkv, qkv)
-    pdl = uses_pdl(qkv)
-    block_t = 16
-    rope_store_kernel[(-(-num_tokens // block_t), heads + 2 * kv_heads)](
-        qkv, q_norm, k_norm, cos, sin, positions, slots, q, kv_cache, num_tokens, eps, HEADS=heads,
-        KV_HEADS=kv_heads, D=head_dim, D_PADDED=max(16, next_power_of_2(head_dim)), HALF_ROTARY=cos.shape[1],
-        NORM=norms is not None, BLOCK_SIZE=block_size, BLOCK_T=block_t, KEEPS=keeps, PDL=pdl,
-        num_warps=4, **pdl_options(pdl),
-    )  # fmt: skip
-    return q
 
 
 def store(

@@ -6,7 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.product_sums import accumulate, collect, deliver, row_scales, row_sum
+from octavo.kernels.triton.product_sums import (
+    accumulate,
+    collect,
+    deliver,
+    halves,
+    row_scales,
+    row_sum,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -154,13 +161,19 @@ def gate_up_kernel(
         x_ptr, w_ptr, weight_rows, column < N, split, num_rows, K, K_PART, BLOCK_N, BLOCK_M, BLOCK_K,
         STAGES, EARLY, PREFETCH, EVEN, PRECISION, PDL,
     )  # fmt: skip
-    if deliver(acc, partial_ptr, counter_ptr, tile, split, num_rows, SPLIT, BLOCK_N, BLOCK_M):
+    finishes = True
+    if SPLIT > 1:
+        finishes = deliver(acc, partial_ptr, counter_ptr, tile, split, num_rows, SPLIT, BLOCK_N, BLOCK_M)
+    if finishes:
         m, h = tl.arange(0, BLOCK_M), tl.arange(0, HALF)
         columns = tile * HALF + h
         valid = (m[:, None] < num_rows) & (columns[None, :] < N)
-        where = m[:, None] * BLOCK_N + h[None, :]
-        gate = collect(partial_ptr, tile, num_rows, where, valid, SPLIT, BLOCK_N)
-        up = collect(partial_ptr, tile, num_rows, where + HALF, valid, SPLIT, BLOCK_N)
+        if SPLIT == 1:
+            gate, up = halves(tl.trans(acc), BLOCK_M, BLOCK_N)
+        else:
+            where = m[:, None] * BLOCK_N + h[None, :]
+            gate = collect(partial_ptr, tile, num_rows, where, valid, SPLIT, BLOCK_N)
+            up = collect(partial_ptr, tile, num_rows, where + HALF, valid, SPLIT, BLOCK_N)
         if NORMED:
             scale = row_scales(squares_ptr, m, m < num_rows, eps, K, SQUARES, SQUARES_PADDED)
             gate, up = gate * scale[:, None], up * scale[:, None]

@@ -118,6 +118,12 @@ def collect(
 
 
 @triton.jit
+def halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The first and the second half of each row of x [ROWS, WIDTH]."""
+    return x.reshape(ROWS, 2, WIDTH // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def row_sum(x):
     """Sum of each row of x [rows, columns] float32, whatever order its layout makes of it.
 

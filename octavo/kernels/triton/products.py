@@ -33,6 +33,9 @@ from octavo.kernels.triton.qkv_kernel import qkv_kernel
 
 MAX_ROWS = 128  # the most rows these kernels take
 SQUARES_WIDTH = 64  # columns behind one sum of squares
+# Of the GPU that the cuts are chosen for.
+PROCESSORS = 132
+SHARED_MEMORY = 226 * 1024  # bytes that the programs of a multiprocessor share
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,36 +85,47 @@ def choose_tiling(kind: str, n: int, k: int, num_rows: int) -> Tiling:
     About a hundred programs fill the card: fewer, larger ones end sooner than many whose parts
     have to be added up.
     """
+    rows = padded_rows(num_rows)
     if kind == "head":
-        return Tiling(64, 1, stages=3) if num_rows <= 16 else Tiling(128, 1, 64, 4 if num_rows > 64 else 6)
+        return Tiling(64, 1, stages=3) if rows == 16 else Tiling(128, 1, 64, 4 if rows > 64 else 6)
     if kind != "gate_up" and n * k <= 1 << 23 and k % 512 == 0:
         # a small weight: every program holds its part of it before the wait ends
         split = k // 512
-        if kind == "qkv" and num_rows > 64:
+        if kind == "qkv" and rows > 64:
             return Tiling(64, split, 64, 4, warps=8)
-        if kind == "residual" and num_rows > 32 and split > 4:
-            return Tiling(64, split, 64, 6, warps=8)
+        if kind == "residual" and rows > 32 and split > 4:
+            return _spread(Tiling(64, split, warps=8), n, rows)
         return Tiling(64, split, 64, 1, warps=8, early=512)
-    tiles = -(-n // (128 if kind == "qkv" else 64))
+    width = 128 if kind == "qkv" else 64
+    tiles = -(-n // width)
     split = 1
     while k % (split * 2 * 64) == 0 and k // split > 256 and (tiles * split < 96 or k // split > 4096):
         if split == 4 and k <= 4096:
             break
         split *= 2
-    if num_rows > 16 or kind == "qkv" or k // split <= 1024:
-        tiling = Tiling(64, split, 64, 6)
-    else:
-        tiling = Tiling(64, split, 128, 4 if kind == "residual" else 3)
-        if kind == "residual" and k > 2 * n:  # one long part a program: begin it early
-            tiling = replace(tiling, stages=3, early=256)
-    if num_rows > 32:
-        if kind == "qkv":
-            tiling = replace(tiling, block_k=128, stages=3, warps=8)
-        elif kind == "gate_up" and n >= 16384:
-            tiling = replace(tiling, stages=4)
-        elif kind == "residual" and k >= 4096:
-            tiling = replace(tiling, block_k=128, stages=3, warps=8)
-    return tiling
+    part = k // split
+    block_k = 128 if part % 128 == 0 else 64  # parts end at the same column whatever the number of rows
+    early = 256 if kind == "residual" and rows == 16 and k > 2 * n and part > 1024 else 0
+    warps = 8 if kind == "qkv" or (kind == "residual" and rows > 32) else 4
+    return _spread(Tiling(width, split, block_k, warps=warps, early=early), n, rows)
+
+
+def _spread(tiling: Tiling, n: int, rows: int) -> Tiling:
+    """With so many buffers that no multiprocessor holds more programs than its share of them.
+
+    A dependent launch starts wherever room becomes free first. If two programs fit where there is one for
+    each, some multiprocessors get two and others none: that cost 1 to 3 microseconds a product, and 9
+    where three fitted instead of two.
+    """
+    programs = -(-n // tiling.block_n) * tiling.split
+    share = min(3, -(-programs // PROCESSORS))
+    column = 2 * (tiling.block_n + rows)  # bytes, of the weight and of x
+    fit = SHARED_MEMORY // share // column - tiling.early  # columns that a program may have room for
+    too_few = SHARED_MEMORY // (share + 1) // column - tiling.early  # with which one more would fit
+    block_k = tiling.block_k if fit >= 3 * tiling.block_k else 64
+    least = 4 if tiling.block_n > 64 else 3
+    stages = min(max(least, too_few // block_k + 1), fit // block_k)
+    return replace(tiling, block_k=block_k, stages=stages)
 
 
 def _grid_options(

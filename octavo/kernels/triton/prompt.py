@@ -58,18 +58,12 @@ def gather_kernel(
 
 
 @triton.jit
-def _add(q, k, v, sees, most, weight, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """The running softmax with these keys added."""
-    scores = tl.dot(q, k.T, input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(sees, scores, float("-inf"))
+def _weigh(scores, most, weight, scale):
+    """The running softmax with these scores added; the weights of their keys, and what shrinks the sums."""
     higher = tl.maximum(most, tl.max(scores, axis=1) * scale)
-    base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-    p = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(most - base)
-    weight = weight * shrink + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return higher, weight, acc
+    p = tl.exp2(scores * scale - higher[:, None])
+    shrink = tl.exp2(most - higher)
+    return higher, weight * shrink + tl.sum(p, axis=1), p, shrink[:, None]
 
 
 @triton.jit
@@ -87,6 +81,7 @@ def prompt_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,  # some chunk of the step continues its request
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -104,30 +99,41 @@ def prompt_kernel(
     acc = tl.zeros((BLOCK_Q, D), dtype=tl.float32)
     i, j = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
 
-    full = length // BLOCK_KV * BLOCK_KV
-    for n in tl.range(0, full, BLOCK_KV, num_stages=STAGES):
-        k = before_desc.load([before + n, kv_head, 0]).reshape(BLOCK_KV, D)
-        v = before_desc.load([before + n, KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
-        most, weight, acc = _add(q, k, v, 0, most, weight, acc, scale, False, PRECISION)
-    if full < length:
-        k = before_desc.load([before + full, kv_head, 0]).reshape(BLOCK_KV, D)
-        v = before_desc.load([before + full, KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
-        sees = (full + j < length)[None, :]
-        most, weight, acc = _add(q, k, v, sees, most, weight, acc, scale, True, PRECISION)
+    if HAS_BEFORE:
+        full = length // BLOCK_KV * BLOCK_KV
+        for n in tl.range(0, full, BLOCK_KV, num_stages=STAGES):
+            k = before_desc.load([before + n, kv_head, 0]).reshape(BLOCK_KV, D)
+            v = before_desc.load([before + n, KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            most, weight, p, shrink = _weigh(scores, most, weight, scale)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
+        if full < length:
+            k = before_desc.load([before + full, kv_head, 0]).reshape(BLOCK_KV, D)
+            v = before_desc.load([before + full, KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            scores = tl.where((full + j < length)[None, :], scores, float("-inf"))
+            most, weight, p, shrink = _weigh(scores, most, weight, scale)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
 
+    tl.static_assert(BLOCK_Q == BLOCK_KV, "a tile meets the diagonal in one tile of keys")
     row = first - own  # of the tile's first row within its chunk
+    # The scores of the next keys are on their way while the softmax of these ones runs.
+    k = own_desc.load([own, HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
     full = (row + 1) // BLOCK_KV * BLOCK_KV
     for n in tl.range(0, full, BLOCK_KV, num_stages=STAGES):
-        k = own_desc.load([own + n, HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
+        k = own_desc.load([own + n + BLOCK_KV, HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
         v = own_desc.load([own + n, HEADS + KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
-        most, weight, acc = _add(q, k, v, 0, most, weight, acc, scale, False, PRECISION)
-    for n in tl.range(full, row + count, BLOCK_KV, num_stages=1):
-        k = own_desc.load([own + n, HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
-        v = own_desc.load([own + n, HEADS + KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
-        # rows behind the chunk are others', or padding: whatever they hold, a weight of 0 must make it 0
-        v = tl.where((n + j < row + count)[:, None], v, 0.0)
-        sees = (n + j)[None, :] <= (row + i)[:, None]
-        most, weight, acc = _add(q, k, v, sees, most, weight, acc, scale, True, PRECISION)
+        following = tl.dot(q, k.T, input_precision=PRECISION)
+        most, weight, p, shrink = _weigh(scores, most, weight, scale)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
+        scores = following
+    v = own_desc.load([own + full, HEADS + KV_HEADS + kv_head, 0]).reshape(BLOCK_KV, D)
+    # rows behind the chunk are others', or padding: whatever they hold, a weight of 0 must make it 0
+    v = tl.where((full + j < row + count)[:, None], v, 0.0)
+    scores = tl.where((full + j)[None, :] <= (row + i)[:, None], scores, float("-inf"))
+    most, weight, p, shrink = _weigh(scores, most, weight, scale)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
 
     # a request that ended meanwhile has padding in place of its rows: zeros
     valid = i < count
@@ -207,8 +213,8 @@ def attend(
         _rows_of(q, BLOCK_Q), _rows_of(qkv.view(num_tokens, width, dim), BLOCK_KV),
         _rows_of(before, BLOCK_KV), out, plan.tiles, metadata.positions, spec.scale * LOG2_E, HEADS=heads,
         KV_HEADS=kv_heads, D=dim,
-        BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, STAGES=STAGES, PRECISION="tf32", PDL=pdl, num_warps=4,
-        **pdl_options(pdl),
+        BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, STAGES=STAGES, HAS_BEFORE=len(plan.pieces) > 0, PRECISION="tf32",
+        PDL=pdl, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def _rotate_halves(
     """As `rotate_head`, for heads that turn as a whole."""
     h = tl.arange(0, HALF_ROTARY)
     if NORM:
-        squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
+        squares = row_sum(low * low) + row_sum(high * high)
         scale = tl.rsqrt(squares / D + eps)[:, None]
         low = low * scale * tl.load(norm_ptr + h).to(tl.float32)[None, :]
         high = high * scale * tl.load(norm_ptr + HALF_ROTARY + h).to(tl.float32)[None, :]

@@ -80,6 +80,23 @@ def test_as_plain_torch(name: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["llama odd", "qwen3", "mistral window"])
+def test_wanted_rows_alone(name: str, tmp_path: Path) -> None:
+    architecture, options, _ = CASES[name]
+    folder = make_checkpoint(tmp_path / "m", architecture, **{**options, "num_hidden_layers": 2})
+    expected = run(folder, TorchOps(), TorchBackend())
+    ours = run(folder, GpuOps((torch.float32,)), TritonBackend())
+    steps: list[tuple[list[tuple[int, list[int]]], list[int]]] = [
+        ([(0, list(range(3, 70))), (1, list(range(9)))], [66, 75]),
+        ([(2, list(range(5, 75)))], []),  # nothing is drawn
+        ([(1, [8]), (2, [7, 3, 4])], [0, 2]),  # few rows
+    ]
+    for rows, wanted in steps:
+        torch.testing.assert_close(
+            ours.step(rows, 2, wanted), expected.step(rows)[wanted], atol=5e-4, rtol=1e-4
+        )
+
+
 def test_layer_by_layer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m", "Qwen3ForCausalLM", num_hidden_layers=1)
     expected = run(folder, TorchOps(), TorchBackend())
@@ -177,38 +194,3 @@ def test_the_mode_notices() -> None:
     for wait in (lambda x: x.item(), lambda x: bool(x.any()), lambda x: x[x > 0]):
         with pytest.raises(AssertionError, match="waits"), NoWaiting():  # type: ignore[no-untyped-call]
             wait(torch.ones(1))
-
-
-@pytest.mark.parametrize("heads", [2, 6])
-def test_a_long_decode_row_shared_by_programs(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More groups than are folded at once; three heads of a KV head fill no power of two."""
-    from octavo.attention.backend import AttentionMetadata, AttentionSpec
-    from octavo.kernels.triton.attention import QueryTiling, Scratch
-
-    monkeypatch.setattr(attention, "GROUP", 16)
-    length, blocks, dim, kv_heads = 331, 21, 16, 2
-    generator = torch.Generator().manual_seed(heads)
-    q = torch.randn(3, heads, dim, generator=generator)
-    cache = torch.randn(2 * blocks, 2, kv_heads, 16, dim, generator=generator)
-    table = torch.randperm(2 * blocks, generator=generator).to(torch.int32).view(2, blocks)
-    positions = torch.tensor([length - 1, 39, -1])  # two requests and padding
-    metadata = AttentionMetadata(
-        query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32),
-        seq_lens=torch.tensor([length, 40], dtype=torch.int32), block_table=table,
-        slot_mapping=torch.full((3,), -1), positions=positions, num_reqs=2, num_tokens=3, max_query_len=1,
-        max_seq_len=length,
-    )  # fmt: skip
-    spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
-    plan = attention.plan(metadata, spec, QueryTiling(), 4)
-    scratch = Scratch.allocate(3, length, spec, 8, torch.device("cpu"))
-    out = torch.full_like(q, float("nan"))
-    for _ in range(2):  # counters are zero again after a launch
-        attention.attend(q, cache, out, metadata, spec, plan, scratch)
-    assert not scratch.counters.any()
-    for row, tokens in enumerate((length, 40)):
-        keys, values = (
-            cache[table[row].long(), side].transpose(1, 2).flatten(0, 1)[:tokens] for side in (0, 1)
-        )
-        keys, values = (x.repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for x in (keys, values))
-        weights = torch.softmax(q[row][:, None] @ keys.transpose(1, 2) * spec.scale, dim=-1)
-        torch.testing.assert_close(out[row], (weights @ values)[:, 0], atol=1e-4, rtol=1e-4)

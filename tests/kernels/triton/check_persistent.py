@@ -68,10 +68,10 @@ def test_as_plain_torch(name: str, tmp_path: Path) -> None:
     launches = 0
     whole = kernel.run
 
-    def counted(*arguments: Any) -> None:
+    def counted(*arguments: Any) -> torch.Tensor:
         nonlocal launches
         launches += 1
-        whole(*arguments)
+        return whole(*arguments)
 
     kernel.run = counted  # type: ignore[method-assign, assignment]
     steps: list[tuple[list[tuple[int, list[int]]], int]] = [
@@ -104,6 +104,56 @@ def test_other_models_keep_their_kernels(architecture: str, options: dict[str, A
     assert ops.decoder is not None
     assert ops.decoder.few_rows > 0
     assert ops.decoder._persistent is None
+
+
+def test_a_device_that_cannot_hold_all_programs_takes_separate_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM", **{**SMALL, "intermediate_size": 96})
+    expected, ops = run(folder, TorchOps(), TorchBackend()), GpuOps((torch.float32,), runs_as_one=True)
+    ours = run(folder, ops, TritonBackend())
+    assert ops.decoder is not None
+    contexts = [ops.decoder.one_row_context]
+
+    class Refusing:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                raise RuntimeError(reasons.pop())
+
+            return launch
+
+    reasons = ["Triton Error [CUDA]: too many blocks in cooperative launch", "an illegal address"]
+    monkeypatch.setattr(persistent, "decoder_kernel", Refusing())
+    with pytest.raises(RuntimeError, match="illegal address"):  # any other error is an error
+        ours.step([(0, [5])], 0)
+    ours.num_computed = [0, 0, 0]
+    torch.testing.assert_close(ours.step([(0, [5])], 0), expected.step([(0, [5])], 0), atol=5e-4, rtol=1e-4)
+    assert "separate kernels" in caplog.text
+    assert not reasons
+    assert [*contexts, ops.decoder.one_row_context] == [persistent.LONGEST, None]
+    expected_next = expected.step([(0, [7])], 0)
+    torch.testing.assert_close(ours.step([(0, [7])], 0), expected_next, atol=5e-4, rtol=1e-4)
+
+
+def test_long_contexts_take_separate_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM", **{**SMALL, "intermediate_size": 96})
+    ops = GpuOps((torch.float32,), runs_as_one=True)
+    ours = run(folder, ops, TritonBackend())
+    monkeypatch.setattr(persistent, "LONGEST", 3)
+    assert ops.decoder is not None
+    kernel = ops.decoder._persistent
+    assert kernel is not None
+    contexts: list[int] = []
+    whole = kernel.run
+
+    def noted(ids: Any, caches: Any, metadata: Any) -> torch.Tensor:
+        contexts.append(metadata.max_seq_len)
+        return whole(ids, caches, metadata)
+
+    kernel.run = noted  # type: ignore[method-assign, assignment]
+    for token in range(5):
+        ours.step([(0, [token])], 0)
+    assert contexts == [1, 2, 3]
 
 
 @triton.jit

@@ -53,6 +53,24 @@ def test_a_row_alone_has_the_same_bits() -> None:
     assert torch.equal(many[17], one[0])
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "share"),
+    [  # of Qwen3-8B and Qwen3-0.6B
+        ("qkv", 6144, 4096, 1), ("residual", 4096, 4096, 1), ("residual", 4096, 12288, 2),
+        ("gate_up", 24576, 4096, 3), ("gate_up", 6144, 1024, 1),
+    ],
+)  # fmt: skip
+def test_no_multiprocessor_gets_more_than_its_share(kind: str, n: int, k: int, share: int) -> None:
+    cuts = {rows: products.choose_tiling(kind, n, k, rows) for rows in (1, 16, 17, 32, 64)}
+    assert len({cut.split for cut in cuts.values()}) == 1  # or the bits of a row would depend on the others
+    for rows, cut in cuts.items():
+        assert (share - 1) * products.PROCESSORS < n // cut.block_n * cut.split <= share * products.PROCESSORS
+        columns = cut.early + cut.block_k * cut.stages
+        room = 2 * (cut.block_n + products.padded_rows(rows)) * columns
+        assert share * room <= products.SHARED_MEMORY
+        assert share == 3 or (share + 1) * room > products.SHARED_MEMORY
+
+
 @pytest.mark.parametrize("block_n", [64, 128])
 def test_residual_and_the_norm_behind_it(block_n: int) -> None:
     rows, n, k = 5, 128, 192
@@ -68,10 +86,11 @@ def test_residual_and_the_norm_behind_it(block_n: int) -> None:
     torch.testing.assert_close(out, normed, atol=1e-4, rtol=1e-4)
 
     gate_up, bias = random(2 * 40, n), random(80)
-    active = torch.empty(rows, 40)
-    products.gate_up(scaled, gate_up, bias, squares, EPS, active, space(), Tiling(32, 2, 32, 2))
     gate, up = F.linear(normed, gate_up, bias).chunk(2, dim=1)
-    torch.testing.assert_close(active, F.silu(gate) * up, atol=1e-3, rtol=1e-4)
+    for split in (1, 2):
+        active = torch.full((rows, 40), float("nan"))
+        products.gate_up(scaled, gate_up, bias, squares, EPS, active, space(), Tiling(32, split, 32, 2))
+        torch.testing.assert_close(active, F.silu(gate) * up, atol=1e-3, rtol=1e-4)
 
 
 def test_pointwise() -> None:

@@ -37,7 +37,8 @@ class Network:
     config = SimpleNamespace(vocab_size=VOCAB)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: Any) -> torch.Tensor:
-        return torch.stack((input_ids, positions), dim=1)
+        hidden = torch.stack((input_ids, positions), dim=1)
+        return hidden if ctx is None or ctx.wanted is None else hidden[ctx.wanted]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return ((hidden[:, :1] * 37 + hidden[:, 1:] * 11 + torch.arange(VOCAB) * 29) % 83).float() / 20
@@ -51,12 +52,19 @@ class Graphs:
     def __init__(self, passes: GpuDraftPasses, whole: WholePasses) -> None:
         self._passes, self._whole = passes, whole
         self.runs = 0
+        self.long_runs = 0  # of one row
+
+    def one_row(self, context: int) -> GraphKey:
+        """Each slot has five blocks, and nobody else has more."""
+        assert context in (1, 5 * BLOCK_SIZE)
+        return GraphKey(1, False, is_long=context > 1)
 
     def has(self, key: GraphKey) -> bool:
         return True
 
     def run(self, key: GraphKey) -> tuple[torch.Tensor, torch.Tensor]:
         self.runs += 1
+        self.long_runs += key.is_long
         self._whole.before(key)
         buffers = self._passes.buffers
         hidden = Network().forward(buffers.input_ids[: key.rows], buffers.positions[: key.rows], None)

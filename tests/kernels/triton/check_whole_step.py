@@ -100,7 +100,8 @@ class Noisy:
     config = SimpleNamespace(vocab_size=VOCAB)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        return torch.stack((input_ids, positions), dim=1)
+        hidden = torch.stack((input_ids, positions), dim=1)
+        return hidden if ctx.wanted is None else hidden[ctx.wanted]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         ids = torch.arange(VOCAB)
@@ -138,8 +139,8 @@ def life(chosen: list[int], whole: bool, rates: list[float] | None = None) -> tu
     )  # fmt: skip
     graphs = with_graphs(runner, state, acceptance) if whole else None
     if graphs is None:
-        runner._forward = lambda ids, step: runner.model.forward(  # type: ignore[method-assign,assignment]
-            ids, step.positions, ForwardContext(step, [])
+        runner._forward = lambda ids, step, wanted=None: runner.model.forward(  # type: ignore[method-assign,assignment]
+            ids, step.positions, ForwardContext(step, [], wanted)
         )
     found: list[Any] = []
     keys = [SlotKey(slot, 0, str(slot)) for slot in chosen]

@@ -131,10 +131,31 @@ static void warm_next(const oc_decoder *d, const oc_step *step, void *const *kv_
     atomic_store(&warm->next, 0);
 }
 
+static int32_t check_rows(const int64_t *wanted, int64_t num_wanted, int64_t rows) {
+    for (int64_t i = 0; i < num_wanted; i++)
+        if (wanted[i] < (i ? wanted[i - 1] + 1 : 0) || wanted[i] >= rows) return OC_BAD_ROW;
+    return OC_OK;
+}
+
+/* These rows move to the front, in ascending order, so that none is overwritten before it has moved. */
+static void keep_rows(const work_space *w, const int64_t *wanted, int64_t num_wanted, int64_t residual_bytes,
+                      int64_t attended_bytes) {
+    for (int64_t i = 0; i < num_wanted; i++) {
+        if (wanted[i] == i) continue;
+        memcpy((char *)w->residual + i * residual_bytes, (char *)w->residual + wanted[i] * residual_bytes,
+               (size_t)residual_bytes);
+        memcpy((char *)w->attended + i * attended_bytes, (char *)w->attended + wanted[i] * attended_bytes,
+               (size_t)attended_bytes);
+    }
+}
+
+/* wanted: NULL, or in the last layer the rows that go on behind its attention. */
 static int32_t run_layer(const oc_decoder *d, int layer, const oc_step *step, void *const *kv_caches,
-                         const work_space *w, oc_warm_list *warm) {
+                         const int64_t *wanted, int64_t num_wanted, const work_space *w,
+                         oc_warm_list *warm) {
     const oc_decoder_layer *l = &d->layers[layer];
-    const int64_t rows = step->num_tokens, size = d->dtype == OC_F32 ? 4 : 2;
+    const int64_t size = d->dtype == OC_F32 ? 4 : 2;
+    int64_t rows = step->num_tokens;
     int32_t failed = OC_OK;
     for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
         const int64_t m = rows - start < CHUNK_ROWS ? rows - start : CHUNK_ROWS;
@@ -146,8 +167,13 @@ static int32_t run_layer(const oc_decoder *d, int layer, const oc_step *step, vo
     if (failed) return failed;
     oc_rope_store(&l->attention, step, w->qkv, d->cos, d->sin, d->rot_dim, l->q_norm, l->k_norm,
                   d->eps, kv_caches[layer]);
+    if (wanted && num_wanted == 0) return OC_OK;
     oc_attend(&l->attention, step, w->qkv, l->qkv.n, kv_caches[layer], w->attended, d->dtype);
     warm_next(d, step, kv_caches, layer + 1, w, warm);
+    if (wanted) {
+        keep_rows(w, wanted, num_wanted, d->hidden * 4, l->o.k * size);
+        rows = num_wanted;
+    }
     for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
         const int64_t m = rows - start < CHUNK_ROWS ? rows - start : CHUNK_ROWS;
         float *residual = w->residual + start * d->hidden;
@@ -162,8 +188,11 @@ static int32_t run_layer(const oc_decoder *d, int layer, const oc_step *step, vo
     return failed;
 }
 
-OC_EXPORT int32_t oc_decoder_forward(oc_decoder *d, const oc_step *step, const int64_t *ids,
-                                     void *const *kv_caches, void *hidden_out) {
+OC_EXPORT int32_t oc_decoder_run(oc_decoder *d, const oc_step *step, const int64_t *ids,
+                                 void *const *kv_caches, const int64_t *wanted, int64_t num_wanted,
+                                 void *hidden_out) {
+    const int64_t num_out = wanted ? num_wanted : step->num_tokens;
+    if (wanted && check_rows(wanted, num_wanted, step->num_tokens)) return OC_BAD_ROW;
     if (step->num_tokens <= 0) return OC_OK;
     work_space w;
     int32_t failed = prepare(d, step->num_tokens, &w);
@@ -172,10 +201,10 @@ OC_EXPORT int32_t oc_decoder_forward(oc_decoder *d, const oc_step *step, const i
     oc_warm_list warm = {.count = 0};
     warm_next(d, step, kv_caches, 0, &w, &warm);
     for (int i = 0; i < d->num_layers && !failed; i++)
-        failed = run_layer(d, i, step, kv_caches, &w, &warm);
+        failed = run_layer(d, i, step, kv_caches, i + 1 == d->num_layers ? wanted : NULL, num_wanted, &w,
+                           &warm);
     if (failed) return failed;
-    oc_rms_norm(w.residual, OC_F32, d->final_norm, d->eps, step->num_tokens, d->hidden, hidden_out,
-                d->dtype);
+    oc_rms_norm(w.residual, OC_F32, d->final_norm, d->eps, num_out, d->hidden, hidden_out, d->dtype);
     return OC_OK;
 }
 

@@ -34,7 +34,7 @@
 #define OC_EXPORT __attribute__((visibility("default")))
 
 enum { OC_F32 = 0, OC_BF16 = 1 };
-enum { OC_OK = 0, OC_NO_MEMORY = 1, OC_BAD_ID = 2 }; /* what a function that may fail returns */
+enum { OC_OK = 0, OC_NO_MEMORY = 1, OC_BAD_ID = 2, OC_BAD_ROW = 3 }; /* of what may fail */
 
 /* ---- threads (pool.c) ------------------------------------------------------------------- */
 
@@ -156,19 +156,22 @@ typedef struct {
     const void *plain_embedding; /* [vocab][hidden] in dtype */
     const float *final_norm;
     const oc_decoder_layer *layers;
-    void *scratch; /* NULL at first; grown by oc_decoder_forward, freed by oc_decoder_release */
+    void *scratch; /* NULL at first; grown by oc_decoder_run, freed by oc_decoder_release */
     int64_t scratch_bytes;
 } oc_decoder;
 
-#define oc_decoder_forward OC_ISA_NAME(oc_decoder_forward)
+#define oc_decoder_run OC_ISA_NAME(oc_decoder_run)
 #define oc_decoder_release OC_ISA_NAME(oc_decoder_release)
 
 /* The whole model for the rows of one step: ids [num_tokens] -> hidden_out [num_tokens][hidden] in
  * dtype, after the final norm. kv_caches: one a layer. The id of a padding row (position -1) is not
  * looked at; another id outside the vocabulary gives OC_BAD_ID, before anything is stored.
+ * wanted: NULL, or the rows [num_wanted] whose hidden states go to hidden_out [num_wanted][hidden]; all
+ * rows store their keys and values. OC_BAD_ROW if they do not ascend or leave the step.
  * One call at a time for one decoder. */
-OC_EXPORT int32_t oc_decoder_forward(oc_decoder *, const oc_step *, const int64_t *ids,
-                                     void *const *kv_caches, void *hidden_out);
+OC_EXPORT int32_t oc_decoder_run(oc_decoder *, const oc_step *, const int64_t *ids,
+                                 void *const *kv_caches, const int64_t *wanted, int64_t num_wanted,
+                                 void *hidden_out);
 OC_EXPORT void oc_decoder_release(oc_decoder *);
 
 #endif
