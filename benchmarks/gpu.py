@@ -9,12 +9,14 @@ with other prompts, and its line gives the median. One JSON line a scenario: out
 (prompt tokens for prefill), the share of the limit computed from this card's ceilings, the share of
 the aim, how much of the time the device was busy, and for how many milliseconds a step it waited for the
 host: from a step's end to the next one's first command, and the launching of that step where it came late.
-With a draft model also the tokens that a round brought on average: that is luck, and not speed.
+With a draft model also the tokens that a round brought on average: that is luck, and not speed. --trace:
+the steps of each scenario's last repeat in a file, with their rows and what host and device took.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu_workloads import ACCEPTANCE, KINDS, MODELS, model_folder, requests
+from octavo.core.messages import RowKind
 
 # What is aimed at on one H200: output tokens a second, prompt tokens for prefill.
 AIMS: dict[str, dict[str, float]] = {
@@ -60,14 +63,22 @@ llm.shutdown()
 
 ONE_REQUEST_RUNS = 9
 
+# The columns of --trace; seconds, and `launched` on the clock of the run.
+TRACED = ("launched", "requests", "rows", "chunk_rows", "launching", "target", "drafting", "gap")
 # A step whose first command found an idle device: what the host took to launch it was waited for.
 _IDLE_SECONDS = 10e-6
+
+
+def _chunks(rows: Sequence[Any]) -> list[Any]:
+    return [part for part in rows if part.kind == RowKind.CHUNK]
 
 
 class _Watched:
     """An executor that adds up what the device says its steps took, and for how long it had none."""
 
     def __init__(self, executor: Any) -> None:
+        self.trace: list[tuple[float, ...]] = []  # a step each, see TRACED
+        self._shapes: deque[tuple[float, int, int, int]] = deque()
         self._executor = executor
         self._launches: deque[tuple[Any, float]] = deque()  # of each step under way: it, seconds to launch it
         self._before: Any = None  # the end of the step read last
@@ -76,6 +87,7 @@ class _Watched:
     def start_over(self) -> None:
         """Forget what was seen."""
         self.busy = self.idle = 0.0
+        self.trace.clear()
         self.steps = 0
         self.rounds = self.round_tokens = 0  # requests that verified drafts in a step, and their tokens
         self._before = None
@@ -84,6 +96,8 @@ class _Watched:
         started = time.perf_counter()
         self._executor.launch(out)
         self._launches.append((self._executor._outputs[-1], time.perf_counter() - started))
+        rows, chunks = (sum(part.num_rows for part in parts) for parts in (out.rows, _chunks(out.rows)))
+        self._shapes.append((started, len(out.rows), rows, chunks))
 
     def collect(self) -> Any:
         output = self._executor.collect()
@@ -94,10 +108,13 @@ class _Watched:
                 self.rounds += 1
                 self.round_tokens += len(tokens)
         pending, launch_seconds = self._launches.popleft()
+        gap = 0.0
         if self._before is not None:
             gap = self._before.seconds_until(pending._started)
             self.idle += gap + (launch_seconds if gap > _IDLE_SECONDS else 0.0)
         self._before = pending._readback.mark if output.draft_seconds else pending._drawn
+        times = (launch_seconds, output.target_seconds, output.draft_seconds, gap)
+        self.trace.append((*self._shapes.popleft(), *times))
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -162,9 +179,14 @@ class Scenarios:
         return seconds, sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def run(
-        self, kind: str, repeat: int, ceilings: Any, temperature_asked: float | None = None
+        self,
+        kind: str,
+        repeat: int,
+        ceilings: Any,
+        temperature_asked: float | None = None,
+        trace: Path | None = None,
     ) -> dict[str, Any]:
-        """One scenario."""
+        """One scenario; the steps of its last repeat go to a file in the folder `trace`."""
         from benchmarks.gpu_limits import Limits
 
         temperature = 0.6 if kind == "throughput" and self.draft is None else 0.0
@@ -183,6 +205,14 @@ class Scenarios:
             idle.append(self.watched.idle / max(1, self.watched.steps))
             steps = self.watched.steps
             rounds, round_tokens = rounds + self.watched.rounds, round_tokens + self.watched.round_tokens
+        if trace is not None:
+            trace.mkdir(parents=True, exist_ok=True)
+            first = self.watched.trace[0][0]
+            with open(trace / f"{self.model}-{kind}.csv", "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(TRACED)
+                for launched, *others in self.watched.trace:
+                    writer.writerow([round(value, 6) for value in (launched - first, *others)])
         work = requests(kind)
         limits = Limits(MODELS[self.model], ceilings)
         shape = [(len(prompt), count) for prompt, count in work]
@@ -214,6 +244,9 @@ def main() -> None:
     parser.add_argument("--draft", choices=sorted(MODELS), help="speculate with this model")
     parser.add_argument("--drafts", default="auto", help='drafts a step, or "auto"')
     parser.add_argument("--startup", nargs="*", choices=sorted(MODELS), default=[])
+    parser.add_argument(
+        "--trace", type=Path, metavar="FOLDER", help="a table of each scenario's steps, as CSV"
+    )
     parser.add_argument("--option", nargs="*", default=[], metavar="NAME=JSON", help="options of the engine")
     parser.add_argument(
         "--temperature", type=float, help="default: 0, and 0.6 for throughput without a draft model"
@@ -248,7 +281,7 @@ def main() -> None:
             ready = {"kind": "engine", "model": model, "seconds": round(time.perf_counter() - started, 2)}
             print(json.dumps(ready), flush=True)
             for kind in arguments.kinds:
-                row = scenarios.run(kind, arguments.repeat, ceilings, arguments.temperature)
+                row = scenarios.run(kind, arguments.repeat, ceilings, arguments.temperature, arguments.trace)
                 print(json.dumps(row), flush=True)
             scenarios.llm.shutdown()
 

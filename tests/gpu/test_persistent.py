@@ -64,8 +64,9 @@ with torch.inference_mode():
     forward()
     same = all(torch.equal(a, b) for a, b in zip(caches, kept))
     print(json.dumps(["padding", same, bool(one._done.any()), bool(one._counters.any())]), flush=True)
-    meta.positions.fill_(7)
     # another decoder beside it, on another stream: each counts for itself
+    meta = decode_batch(1, 768)
+    caches = [torch.randn(cache.shape, dtype=cache.dtype, device="cuda") for cache in caches]
     other, _ = random_decoder(config, runs_as_one=True)
     streams = [torch.cuda.Stream() for _ in range(2)]
     alone = [d.forward(ids, meta.positions, ForwardContext(meta, caches)).clone() for d in (decoder, other)]

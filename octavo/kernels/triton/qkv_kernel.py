@@ -37,7 +37,7 @@ def rotate_head(
     cos = tl.load(cos_ptr + angle, mask=mask, other=1.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     sign = tl.where(d < HALF_ROTARY, -1.0, 1.0)
-    return tl.where(turns[None, :], x * cos + other * sin * sign[None, :], x)
+    return tl.where(turns[None, :], tl.fma(x, cos, other * sin * sign[None, :]), x)
 
 
 @triton.jit
@@ -54,7 +54,11 @@ def _rotate_halves(
     HALF_ROTARY: tl.constexpr,  # D / 2
     NORM: tl.constexpr,
 ):
-    """As `rotate_head`, for heads that turn as a whole."""
+    """As `rotate_head`, for heads that turn as a whole.
+
+    Which of two products is rounded before they are added is said here: left to the compiler, it was one of
+    them for 16 rows and the other for 32.
+    """
     h = tl.arange(0, HALF_ROTARY)
     if NORM:
         squares = row_sum(low * low) + row_sum(high * high)
@@ -64,7 +68,7 @@ def _rotate_halves(
     angle = positions[:, None] * HALF_ROTARY + h[None, :]
     cos = tl.load(cos_ptr + angle, mask=valid[:, None], other=1.0)
     sin = tl.load(sin_ptr + angle, mask=valid[:, None], other=0.0)
-    return low * cos - high * sin, high * cos + low * sin
+    return tl.fma(low, cos, -(high * sin)), tl.fma(high, cos, low * sin)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from octavo.kernels.triton import prompt  # noqa: E402
+from octavo.kernels.triton import products, prompt  # noqa: E402
+from octavo.kernels.triton.product_kernels import gate_up_kernel, residual_kernel  # noqa: E402
+from octavo.kernels.triton.qkv_kernel import qkv_kernel  # noqa: E402
 
 
 @pytest.mark.parametrize("has_before", [False, True])
@@ -51,3 +54,56 @@ def test_matrix_products_of_long_chunks_overlap(has_before: bool, tmp_path: Path
     assert "registers" in said
     assert "serialized" not in said
     assert "0 bytes spill stores" in said
+
+
+_KINDS = {
+    "num_rows": "i32", "eps": "fp32", "positions_ptr": "*i64", "slots_ptr": "*i64", "squares_ptr": "*fp32",
+    "cos_ptr": "*fp32", "sin_ptr": "*fp32", "partial_ptr": "*fp32", "counter_ptr": "*i32",
+}  # fmt: skip
+
+
+def _sums_of_products(kernel: Any, constants: dict[str, Any], warps: int, fuses: bool) -> int:
+    """How many fused multiply-adds add something to a product."""
+    names = kernel.arg_names
+    aligned = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")
+    }
+    signature = {name: "constexpr" if name in constants else _KINDS.get(name, "*bf16") for name in names}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attrs=aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": fuses},
+    )
+    found = re.findall(r"fma\.rn\.f32\s+.*,\s*(\S+);", compiled.asm["ptx"])
+    return sum(addend != "0f00000000" for addend in found)  # "x * y + 0" is a product
+
+
+@pytest.mark.parametrize("kind", ["qkv", "qkv, part of a head turns", "gate_up", "residual"])
+@pytest.mark.parametrize("rows", [1, 26])
+def test_the_compiler_fuses_nothing_by_itself(kind: str, rows: int) -> None:
+    """Of a * b + c * d it rounded one product with 16 rows and the other with 32: a row's bits changed."""
+    heads, kv_heads, head_dim, hidden, width = 8, 2, 128, 256, 512
+    shapes = {"qkv": ((heads + 2 * kv_heads) * head_dim, hidden), "gate_up": (2 * width, hidden)}
+    n, k = shapes.get(kind.split(",")[0], (hidden, width))
+    tiling = products.choose_tiling(kind.split(",")[0], n, k, rows)
+    constants: dict[str, Any] = {
+        "K": k, "K_PART": k // tiling.split, "SPLIT": tiling.split, "BLOCK_N": tiling.block_n,
+        "BLOCK_M": products.padded_rows(rows), "BLOCK_K": tiling.block_k, "STAGES": tiling.stages,
+        "EARLY": tiling.early, "PREFETCH": 0, "EVEN": True, "PRECISION": "tf32", "PDL": True,
+        "HAS_BIAS": False,
+    }  # fmt: skip
+    kernel: Any = residual_kernel
+    if kind == "residual":
+        constants |= {"N": n, "SQUARES": 64}
+    elif kind == "gate_up":
+        kernel = gate_up_kernel
+        constants |= {"N": width, "NORMED": True, "SQUARES": 4, "SQUARES_PADDED": 4}
+    else:
+        kernel = qkv_kernel
+        constants |= {
+            "SQUARES": 4, "SQUARES_PADDED": 4, "NORM": True, "HEADS": heads, "KV_HEADS": kv_heads,
+            "HALF_ROTARY": head_dim // (2 if kind == "qkv" else 4), "BLOCK_SIZE": 16,
+            "BLOCK_E": min(8 * tiling.warps, products.padded_rows(rows)),
+        }  # fmt: skip
+    ours = _sums_of_products(kernel, constants, tiling.warps, fuses=False)
+    assert _sums_of_products(kernel, constants, tiling.warps, fuses=True) == ours
