@@ -23,7 +23,7 @@ from benchmarks.gpu_workloads import MODELS
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
 from octavo.kernels.triton import attention, prompt
 from octavo.kernels.triton.attention import Scratch
-from octavo.kernels.triton.decoder import plans_of
+from octavo.kernels.triton.query_tiles import plans_of
 
 Work = Callable[[], None]
 

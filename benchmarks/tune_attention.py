@@ -24,7 +24,7 @@ from benchmarks.gpu_workloads import MODELS
 from octavo.attention.backend import AttentionSpec
 from octavo.kernels.triton import attention
 from octavo.kernels.triton.attention import QueryTiling, Scratch
-from octavo.kernels.triton.decoder import narrow_tiling
+from octavo.kernels.triton.query_tiles import narrow_tiling
 
 
 class Cut(NamedTuple):

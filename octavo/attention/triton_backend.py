@@ -46,7 +46,7 @@ class TritonBackend:
     ) -> torch.Tensor:
         """[num_tokens, num_heads * head_dim]"""
         from octavo.kernels.triton import attention, shared
-        from octavo.kernels.triton.decoder import plans_of
+        from octavo.kernels.triton.query_tiles import plans_of
 
         query = query.contiguous()
         output = torch.zeros_like(query)

@@ -23,20 +23,25 @@ import torch
 import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
-from octavo.kernels.triton import attention, persistent, pointwise, products, prompt, shared, wide_gate_up
-from octavo.kernels.triton.attention import QueryTiling, Scratch, TilePlan
+from octavo.kernels.triton import (
+    attention,
+    persistent,
+    pointwise,
+    products,
+    prompt,
+    query_tiles,
+    shared,
+    wide_gate_up,
+)
+from octavo.kernels.triton.attention import Scratch, TilePlan
 from octavo.kernels.triton.attention_few import spans_of
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
+from octavo.kernels.triton.query_tiles import Attend, narrow_tiling, plans_of
 from octavo.kernels.triton.rope_store import rope_store
 
 logger = logging.getLogger("octavo")
 
-# Requests with at most this many rows are packed into the narrow query tiles, larger ones into the
-# wide: by the request alone, so that the rows beside it do not decide how it is computed.
-NARROW_ROWS = 16
-WIDE = QueryTiling(block_q=128, stages=2, warps=8)
-WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
 FEW_ROWS = 64  # beyond, the library's products are faster; up to MAX_ROWS the rows would stay invariant
 # Up to so many rows the library's o and down get a bias of zeros: a product with a bias goes to cuBLASLt,
 # which cuts their K better (8B, 96 rows: 5.36 ms a step instead of 5.51; from 128 on nothing is gained).
@@ -45,9 +50,6 @@ _BIASED_ROWS = 96
 # them reads half as much and writes half as much (8,192 rows: 0.6B 9.8 us instead of 17.8, 8B 33.8 and 67.6).
 _ADDED_ROWS = 512
 _MOST_WANTED = 256  # rows that leave the others behind in the last layer; where more are wanted, all go on
-_SHARED_ROWS = 32  # above so many rows there are enough query tiles to fill the card
-_FULL = attention.FULL
-_CROWD = 264  # programs of attention, beyond which they are kept small
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,88 +78,6 @@ class LayerTilings:
     o: Tiling
     gate_up: Tiling
     down: Tiling
-
-
-def narrow_tiling(
-    num_rows: int, rows_a_request: int, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16
-) -> tuple[QueryTiling, int]:
-    """How a step of so many rows is cut, and how many programs may share a query tile: as measured.
-
-    Requests have `rows_a_request` rows, as a rule. Nothing here changes a bit of the result.
-    """
-    heads = spec.num_heads // spec.num_kv_heads
-    wanted = next_power_of_2(heads * min(rows_a_request, NARROW_ROWS))
-    most = 16 if dtype == torch.float32 else attention.MOST_FEW
-    block_q = max(8, min(wanted, most), next_power_of_2(heads))
-    programs = spec.num_kv_heads * max(1, num_rows)
-    parts = next_power_of_2(max(1, min(16, 256 // programs)))
-    if num_rows > _SHARED_ROWS or programs >= _FULL:
-        parts = 1
-    if dtype == torch.float32:
-        return QueryTiling(block_q, stages=2), parts
-    if block_q > 8 or parts > 4:
-        return QueryTiling(block_q, stages=3), parts
-    if programs > _CROWD and spec.head_dim <= 128:
-        # four to a multiprocessor, each with one buffer: none has to wait for a place
-        return QueryTiling(block_q, stages=2, registers=128), parts
-    return QueryTiling(block_q, stages=4 if parts == 1 else 5), parts
-
-
-def plans_of(
-    metadata: AttentionMetadata,
-    spec: AttentionSpec,
-    dtype: torch.dtype = torch.bfloat16,
-    one_tiling: bool = False,
-    block_size: int | None = None,
-) -> list[TilePlan]:
-    """The launches that attention of a step takes: narrow query tiles, wide ones, or both.
-
-    With `one_tiling` always the narrow ones: slower for chunks, and the same bits however a prompt
-    is cut into them. `block_size`: see attention.plan.
-    """
-    longest = metadata.max_query_len
-    usual = longest
-    if longest <= NARROW_ROWS or not one_tiling:
-        usual = min(longest, metadata.usual_query_len or longest)
-    narrow, parts = narrow_tiling(metadata.num_tokens, usual, spec, dtype)
-    if one_tiling or metadata.num_tokens <= NARROW_ROWS or longest <= NARROW_ROWS:
-        return [attention.plan(metadata, spec, narrow, parts, block_size=block_size)]
-    wide = WIDE if spec.head_dim <= 128 else WIDE_HEAD
-    if dtype == torch.float32:
-        wide = narrow_tiling(metadata.num_tokens, NARROW_ROWS, spec, dtype)[0]
-    plans = []
-    if metadata.min_query_len <= NARROW_ROWS:
-        plans.append(attention.plan(metadata, spec, narrow, parts, most=NARROW_ROWS, block_size=block_size))
-    if len(metadata.long_chunks) < metadata.num_reqs:
-        most = whole = attention.NO_LIMIT
-        if any(start for *_, start in metadata.long_chunks):
-            most = prompt.LEAST_ROWS - 1
-        elif metadata.long_chunks:
-            whole = prompt.LEAST_ROWS
-        plans.append(attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, most=most, whole=whole))
-    return plans
-
-
-@dataclass(frozen=True, slots=True)
-class _Attend:
-    """The launches that attention of one layer takes."""
-
-    plans: list[TilePlan]
-    scratch: Scratch | None
-    prefixes: shared.SharedScratch | None
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        cache: torch.Tensor,
-        out: torch.Tensor,
-        metadata: AttentionMetadata,
-        spec: AttentionSpec,
-    ) -> None:
-        if self.prefixes is not None:
-            shared.attend(q, cache, metadata, spec, self.prefixes)
-        for plan in self.plans:
-            attention.attend(q, cache, out, metadata, spec, plan, self.scratch, True, self.prefixes)
 
 
 class FusedDecoder:
@@ -277,7 +197,7 @@ class FusedDecoder:
             ctx.kv_caches[0].shape[3],
         )  # fmt: skip
         scratch, prefixes = self._scratch_for(ctx.attention, plans), self._prefix_scratch_for(ctx.attention)
-        attend = _Attend(plans, scratch, prefixes)
+        attend = Attend(plans, scratch, prefixes)
         if len(input_ids) <= self.few_rows:
             return self._few(input_ids, positions, ctx, attend)
         return self._many(input_ids, positions, ctx, attend)
@@ -287,7 +207,7 @@ class FusedDecoder:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         ctx: ForwardContext,
-        attend: _Attend,
+        attend: Attend,
     ) -> torch.Tensor:
         rows, eps, space = len(input_ids), self._eps, self._workspace
         stream, scaled, squares = self._stream[:rows], self._scaled[:rows], self._squares[:rows]
@@ -328,7 +248,7 @@ class FusedDecoder:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         ctx: ForwardContext,
-        attend: _Attend,
+        attend: Attend,
     ) -> torch.Tensor:
         rows, eps, slots = len(input_ids), self._eps, ctx.attention.slot_mapping
         stream = torch.empty(rows, self._table.shape[1], dtype=self._table.dtype, device=self._table.device)
@@ -400,7 +320,7 @@ class FusedDecoder:
         nowhere = torch.full_like(metadata.slot_mapping, -1)
         q = rope_store(F.linear(x, layer.qkv, bias), *tables, metadata.positions, nowhere, cache)
         attended = torch.empty_like(q)
-        _Attend([plan], None, None)(q, cache, attended, metadata, spec)
+        Attend([plan], None, None)(q, cache, attended, metadata, spec)
         x = self._residual(attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm)
         x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
         return self._residual(x, layer.down, layer.down_bias, stream, self._final_norm)
@@ -439,11 +359,13 @@ class FusedDecoder:
             return None
         spec = self._layers[0].attention
         spans = spans_of(metadata.max_seq_len, attention.GROUP)
-        places = _SHARED_ROWS * spec.num_heads * spans
+        places = query_tiles.SHARED_ROWS * spec.num_heads * spans
         if not self._scratch or self._scratch[-1].stats.numel() < places * 2:
-            tiles = _SHARED_ROWS * 2 + 2
+            tiles = query_tiles.SHARED_ROWS * 2 + 2
             self._scratch.append(
-                Scratch.allocate(_SHARED_ROWS, metadata.max_seq_len, spec, tiles, metadata.positions.device)
+                Scratch.allocate(
+                    query_tiles.SHARED_ROWS, metadata.max_seq_len, spec, tiles, metadata.positions.device
+                )
             )
         return self._scratch[-1]
 

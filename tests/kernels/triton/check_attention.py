@@ -17,7 +17,7 @@ from octavo.attention.backend import AttentionMetadata, AttentionSpec, SharedPre
 from octavo.kernels.triton import attention, attention_few  # noqa: E402
 from octavo.kernels.triton.attention import QueryTiling, Scratch  # noqa: E402
 from octavo.kernels.triton.attention_few import next_span, part_begin, span_at, spans_of  # noqa: E402
-from octavo.kernels.triton.decoder import narrow_tiling  # noqa: E402
+from octavo.kernels.triton.query_tiles import narrow_tiling  # noqa: E402
 
 import triton  # noqa: E402  isort: skip
 import triton.language as tl  # noqa: E402  isort: skip

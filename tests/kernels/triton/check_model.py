@@ -128,7 +128,7 @@ def test_wide_gate_up_in_both_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_programs_that_share_a_row_fold_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from octavo.kernels.triton import decoder
+    from octavo.kernels.triton import query_tiles
 
     folder = make_checkpoint(tmp_path / "m", "LlamaForCausalLM", num_hidden_layers=1)
     shared, alone, lonely = (run(folder, GpuOps((torch.float32,)), TritonBackend()) for _ in range(3))
@@ -139,7 +139,7 @@ def test_programs_that_share_a_row_fold_as_one_does(tmp_path: Path, monkeypatch:
     together = shared.step([(0, [1])])
     monkeypatch.setattr(attention, "FULL", 1)  # each tile alone, though several programs might share it
     assert torch.equal(together, lonely.step([(0, [1])]))
-    monkeypatch.setattr(decoder, "_SHARED_ROWS", 0)
+    monkeypatch.setattr(query_tiles, "SHARED_ROWS", 0)
     assert torch.equal(together, alone.step([(0, [1])]))
 
 
