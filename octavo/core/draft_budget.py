@@ -200,6 +200,8 @@ class DraftBudget:
                 plan, facts, room, self._catch_up_rows,
                 lambda index: self._catching_up_pays(index, plan, choice, facts),
             )  # fmt: skip
+            if plan.too_far_behind and not choice.on_trial:
+                self._leave_out_few(plan, choice, facts)
         keep_limits(plan, facts, room, self.report)
         if self.draft is not None:
             plan.passes = num_passes(plan, choice.passes)
@@ -338,6 +340,32 @@ class DraftBudget:
         share = gain / choice.extra_tokens if choice.extra_tokens > 0.0 else 0.0
         steps = min(facts.rooms[index], _CATCH_UP_HORIZON) / (1.0 + gain)
         return share * choice.saved_seconds * steps > MIN_GAIN * self.draft.seconds(facts.owed[index])
+
+    def _leave_out_few(self, plan: DraftPlan, choice: ChoiceInForce, facts: StepFacts) -> None:
+        """The choice counted on requests that do not catch up. Passes for the few others may not pay."""
+        assert self.draft is not None, "only a draft model can be behind"
+        states, batch = facts.states, len(facts.states)
+        few = [
+            index
+            for index, count in enumerate(plan.num_drafts)
+            if count and states[index].lookup is None and states[index].fixed is None
+        ]
+        if not few or plan.explored:  # an exploration makes its pass anyway, and pays for it
+            return
+        counts = [plan.num_drafts[index] for index in few]
+        gains = [
+            expected(states[index], count, choice.passes) for index, count in zip(few, counts, strict=True)
+        ]
+        tokens, rows = (sum(part) for part in zip(*gains, strict=True))
+        before = facts.chunk_rows + batch
+        seconds = self.target.seconds(before + rows, facts.kv_tokens) - self.target.seconds(
+            before, facts.kv_tokens
+        )
+        seconds += max(counts) * self.draft.seconds(len(few), facts.kv_tokens * len(few) / batch)
+        if self._records.trust * tokens / batch < seconds / self.target.seconds(batch, facts.kv_tokens):
+            for index in few:
+                plan.num_drafts[index] = 0
+                plan.catch_up.pop(index, None)
 
     # ------------------------------------------------------------------ observe
 

@@ -574,6 +574,20 @@ def test_catching_up_must_pay_within_the_tokens_to_come() -> None:
     assert "more than it brings" in plan.reason(0)
 
 
+@pytest.mark.parametrize(("present", "drafts"), [(2, False), (24, True)])
+def test_few_that_are_not_behind_draft_only_if_that_pays_for_the_passes(present: int, drafts: bool) -> None:
+    """What all together would gain says nothing when most of them do not catch up."""
+    budget = make_budget(GPU, model=True)
+    states = [budget.add(f"r{index}", model="draft") for index in range(32)]
+    owed = [1] * present + [30_000] * (32 - present)
+    plan = budget.plan(StepFacts(states, [1000] * 32, 30_000, owed=owed))
+    assert plan.gain > 1.03, "together they would gain"
+    assert len(plan.too_far_behind) == 32 - present
+    assert [count > 0 for count in plan.num_drafts] == [drafts] * present + [False] * (32 - present)
+    assert sorted(plan.catch_up) == (list(range(present)) if drafts else [])
+    assert (plan.passes > 0) == drafts
+
+
 def test_with_lookup_and_model_the_lookup_goes_deeper_than_the_passes() -> None:
     budget = make_budget(CPU, model=True)
     state = budget.add("r", lookup="lookup", model="draft")
