@@ -52,6 +52,7 @@ from octavo.core.draft_in_force import (
     Bolder,
     ChoiceInForce,
     bolder,
+    brings,
     changed_alone,
     could_pay,
     count_worth,
@@ -353,10 +354,7 @@ class DraftBudget:
         if not few or plan.explored:  # an exploration makes its pass anyway, and pays for it
             return
         counts = [plan.num_drafts[index] for index in few]
-        gains = [
-            expected(states[index], count, choice.passes) for index, count in zip(few, counts, strict=True)
-        ]
-        tokens, rows = (sum(part) for part in zip(*gains, strict=True))
+        tokens, rows = brings([states[index] for index in few], counts, choice.passes)
         before = facts.chunk_rows + batch
         seconds = self.target.seconds(before + rows, facts.kv_tokens) - self.target.seconds(
             before, facts.kv_tokens

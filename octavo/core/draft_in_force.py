@@ -54,6 +54,16 @@ def load_changed(batch: int, before: int) -> bool:
     return abs(batch - before) * 4 > before
 
 
+def brings(states: Sequence[DraftState], counts: Sequence[int], passes: int) -> tuple[float, float]:
+    """Expected tokens and rows of all these drafts."""
+    tokens = rows = 0.0
+    for state, count in zip(states, counts, strict=True):
+        more_tokens, more_rows = expected(state, count, passes)
+        tokens += more_tokens
+        rows += more_rows
+    return tokens, rows
+
+
 def promise(states: Sequence[DraftState], counts: Sequence[int], passes: int) -> tuple[float, float]:
     """Expected tokens and rows of all these drafts; each request is held to its part."""
     tokens = rows = 0.0
@@ -130,15 +140,11 @@ def bolder(
     What a step with so many rows takes is only seen by making it. What is believed to be too dear is not
     made, and would stay too dear.
     """
-    rows = sum(expected(state, count, passes)[1] for state, count in zip(states, now, strict=True))
+    _, rows = brings(states, now, passes)
     hoped = economy.hoping(rows, _HOPE)
     choice = choose(states, hoped, passes)
     counts = choice.drafts(states)
-    tokens = more_rows = 0.0
-    for state, count in zip(states, counts, strict=True):
-        found = expected(state, count, choice.passes)
-        tokens += found[0]
-        more_rows += found[1]
+    tokens, more_rows = brings(states, counts, choice.passes)
     if more_rows <= rows or hoped.rate(tokens, more_rows, choice.passes) <= MIN_GAIN * now_rate:
         return None
     rate = economy.rate(tokens, more_rows, choice.passes)

@@ -358,8 +358,11 @@ class CudaGraphs:
         for key in self.missing:
             self.capture(key)
 
-    def replay(self, input_ids: torch.Tensor, step: AttentionMetadata) -> torch.Tensor:
-        """Hidden states of a step [num_tokens, hidden], valid until the next replay of any graph.
+    def replay(
+        self, input_ids: torch.Tensor, step: AttentionMetadata, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states of a step [num_tokens, hidden], or of its wanted rows; valid until the next replay of
+        any graph.
 
         Raises KeyError if the step's size was not captured.
         """
@@ -373,7 +376,7 @@ class CudaGraphs:
         elif input_ids.data_ptr() != self.buffers.input_ids.data_ptr():  # they were changed since
             self.buffers.input_ids[: step.num_tokens] = input_ids
         graph.replay()
-        return hidden[: step.num_tokens]
+        return hidden[: step.num_tokens] if wanted is None else hidden[wanted]
 
     def replays(self, step: AttentionMetadata) -> bool:
         """True if `replay` has a graph for this step."""

@@ -328,8 +328,7 @@ class GraphedNetwork:
         """[num_tokens, hidden], or of the rows that `ctx` wants; valid until the next pass"""
         step = ctx.attention
         if self.graphs.replays(step):
-            hidden = self.graphs.replay(input_ids, step)
-            return hidden if ctx.wanted is None else hidden[ctx.wanted]
+            return self.graphs.replay(input_ids, step, ctx.wanted)
         return self.model.forward(input_ids, positions, ctx)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

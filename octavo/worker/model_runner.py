@@ -246,8 +246,7 @@ class ModelRunner:
         graphs = self.graphs
         if graphs is not None and graphs.replays(metadata):
             self.num_replayed += 1
-            hidden = graphs.replay(input_ids, metadata)
-            return hidden if wanted is None else hidden[wanted]
+            return graphs.replay(input_ids, metadata, wanted)
         self.num_eager += 1
         context = ForwardContext(metadata, self._kv_caches, wanted)
         return self.model.forward(input_ids, metadata.positions, context)

@@ -17,7 +17,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.attention_tile import fold, group_places, prefetch_group, write_tile
+from octavo.kernels.triton.attention_tile import (
+    fold,
+    group_places,
+    prefetch_group,
+    read_tile,
+    scaled_scores,
+    write_tile,
+)
 from octavo.kernels.triton.launch import begin
 
 SHORT_SPANS = 16  # spans of SPAN tokens, from position 0 on; those behind them are LONGER times as long
@@ -157,11 +164,7 @@ def few_rows_kernel(
     LONG_FROM: tl.constexpr = _SHORT_SPANS * SPAN
     if not EARLY:
         begin(PDL)
-    table_index = tl.load(tiles_ptr + tile * 8)
-    first_row = tl.load(tiles_ptr + tile * 8 + 1)
-    count = tl.load(tiles_ptr + tile * 8 + 2)
-    begin_at = tl.load(tiles_ptr + tile * 8 + 3)
-    last = tl.load(tiles_ptr + tile * 8 + 4)
+    table_index, first_row, count, begin_at, last = read_tile(tiles_ptr, tile)
     i, d, t = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED), tl.arange(0, TOKENS)
     valid = i < count * SHARED
     position = tl.load(positions_ptr + first_row + i // SHARED, mask=valid, other=-1).to(tl.int32)
@@ -224,10 +227,7 @@ def few_rows_kernel(
             if at == low:
                 begin(PDL)
                 q = tl.load(queries, mask=inside, other=0.0)
-        scores = tl.dot(k, q, input_precision=PRECISION) * scale
-        if HAS_CAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1)
-            scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)) * 1.4426950408889634
+        scores = scaled_scores(tl.dot(k, q, input_precision=PRECISION), scale, soft_cap, HAS_CAP)
         sees = kv[:, None] <= position[None, :]
         if HAS_WINDOW:
             sees = sees & (kv[:, None] > position[None, :] - window)

@@ -14,6 +14,23 @@ from octavo.kernels.triton.launch import begin, prefetch
 
 
 @triton.jit
+def read_tile(tiles_ptr, tile):
+    """(row of the block table, first token row, rows, first position seen, last + 1), see plan_kernel"""
+    fields = tiles_ptr + tile * 8
+    return tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
+
+
+@triton.jit
+def scaled_scores(scores, scale, soft_cap, HAS_CAP: tl.constexpr):
+    """What exp2 takes: products of queries and keys times the scale, below the soft cap if there is one."""
+    scores = scores * scale
+    if HAS_CAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)) * 1.4426950408889634
+    return scores
+
+
+@triton.jit
 def sum_group(
     q,  # [BLOCK_Q, D]
     position,  # [BLOCK_Q], -1 for rows that see nothing
@@ -49,11 +66,7 @@ def sum_group(
             cache_ptr + where[None, :] + d[:, None], mask=there[None, :] & (d[:, None] < D), other=0.0
         )
         v = tl.load(values, mask=there[:, None] & (d[None, :] < D), other=0.0)
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale
-    if HAS_CAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        capped = 1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)
-        scores = soft_cap * capped * 1.4426950408889634
+    scores = scaled_scores(tl.dot(q, k, input_precision=PRECISION), scale, soft_cap, HAS_CAP)
     sees = kv[None, :] <= position[:, None]
     if HAS_WINDOW:
         sees = sees & (kv[None, :] > position[:, None] - window)
@@ -177,11 +190,7 @@ def many_rows_kernel(
     SHARED: tl.constexpr = HEADS // KV_HEADS
     if not EARLY:
         begin(PDL)
-    table_index = tl.load(tiles_ptr + tile * 8)
-    first_row = tl.load(tiles_ptr + tile * 8 + 1)
-    count = tl.load(tiles_ptr + tile * 8 + 2)
-    begin_at = tl.load(tiles_ptr + tile * 8 + 3)
-    last = tl.load(tiles_ptr + tile * 8 + 4)
+    table_index, first_row, count, begin_at, last = read_tile(tiles_ptr, tile)
     i, d = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED)
     valid = i < count * SHARED
     position = tl.load(positions_ptr + first_row + i // SHARED, mask=valid, other=-1).to(tl.int32)

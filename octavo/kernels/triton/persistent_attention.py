@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.attention_tile import fold
+from octavo.kernels.triton.attention_tile import fold, scaled_scores
 from octavo.kernels.triton.persistent_sync import wait
 from octavo.kernels.triton.product_sums import row_sum
 from octavo.kernels.triton.qkv_kernel import kv_offsets
@@ -55,18 +55,9 @@ def keys_and_values(
 
 
 @triton.jit
-def _scores(scores, scale, soft_cap, HAS_CAP: tl.constexpr):
-    scores = scores * scale
-    if HAS_CAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)) * 1.4426950408889634
-    return scores
-
-
-@triton.jit
 def _sum(q, k, v, there, scale, soft_cap, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr):
     """(greatest score [rows], sum of weights [rows], weighted values [rows, D]) of some tokens"""
-    scores = _scores(tl.dot(q, k, input_precision=PRECISION), scale, soft_cap, HAS_CAP)
+    scores = scaled_scores(tl.dot(q, k, input_precision=PRECISION), scale, soft_cap, HAS_CAP)
     scores = tl.where(there[None, :], scores, float("-inf"))
     most = tl.max(scores, axis=1)
     p = tl.exp2(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
@@ -173,7 +164,7 @@ def attend_item(
         tl.store(place, key, mask=stored)
         tl.store(place + KV_HEADS * BLOCK_SIZE * D, value, mask=stored)
         own = tl.sum(q.to(tl.float32) * key.to(tl.float32), axis=1)
-        own = _scores(own, scale, soft_cap, HAS_CAP)
+        own = scaled_scores(own, scale, soft_cap, HAS_CAP)
         most, weight, acc = fold(most, weight, acc, own, own * 0.0 + 1.0, value.to(tl.float32))
     rows, heads = tl.arange(0, _ROWS), head * SHARED
     if parts == 1:

@@ -41,6 +41,16 @@ def rotate_head(
 
 
 @triton.jit
+def turn(low, high, cos, sin):
+    """Rotary of the two halves of a head, as float32.
+
+    Which of two products is rounded before they are added is said here: left to the compiler, it was one of
+    them for 16 rows and the other for 32.
+    """
+    return tl.fma(low, cos, -(high * sin)), tl.fma(high, cos, low * sin)
+
+
+@triton.jit
 def _rotate_halves(
     low,  # [rows, D / 2] float32, the first half of a head
     high,  # [rows, D / 2] float32
@@ -54,11 +64,7 @@ def _rotate_halves(
     HALF_ROTARY: tl.constexpr,  # D / 2
     NORM: tl.constexpr,
 ):
-    """As `rotate_head`, for heads that turn as a whole.
-
-    Which of two products is rounded before they are added is said here: left to the compiler, it was one of
-    them for 16 rows and the other for 32.
-    """
+    """As `rotate_head`, for heads that turn as a whole."""
     h = tl.arange(0, HALF_ROTARY)
     if NORM:
         squares = row_sum(low * low) + row_sum(high * high)
@@ -68,7 +74,7 @@ def _rotate_halves(
     angle = positions[:, None] * HALF_ROTARY + h[None, :]
     cos = tl.load(cos_ptr + angle, mask=valid[:, None], other=1.0)
     sin = tl.load(sin_ptr + angle, mask=valid[:, None], other=0.0)
-    return tl.fma(low, cos, -(high * sin)), tl.fma(high, cos, low * sin)
+    return turn(low, high, cos, sin)
 
 
 @triton.jit

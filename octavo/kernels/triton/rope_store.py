@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import begin, next_power_of_2, pdl_options, uses_pdl
-from octavo.kernels.triton.qkv_kernel import kv_offsets, rotate_head
+from octavo.kernels.triton.qkv_kernel import kv_offsets, rotate_head, turn
 
 _BLOCK_T = 16  # tokens of a program
 _FEW_TOKENS = 512  # up to so many, a program takes one head: there are too few to fill the card otherwise
@@ -139,8 +139,7 @@ def whole_heads_kernel(
                 scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / D + eps)[:, None]
                 low = low * scale * low_norm
                 high = high * scale * high_norm
-            turned_low = low * cos - high * sin
-            turned_high = high * cos + low * sin
+            turned_low, turned_high = turn(low, high, cos, sin)
             if first < HEADS:
                 out = q_ptr + (tokens.to(tl.int64) * HEADS + first + h)[:, None] * D + j[None, :]
                 tl.store(out, turned_low.to(dtype), mask=mask)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
+from octavo.kernels.triton.attention_tile import scaled_scores
 from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
 
 PARTS = 8  # programs that share a tile's prefix
@@ -85,10 +86,7 @@ def shared_kernel(
         else:
             k = tl.load(keys, mask=there[None, :] & (d[:, None] < D), other=0.0)
             v = tl.load(values, mask=there[:, None] & (d[None, :] < D), other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
-        if HAS_CAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1)
-            scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0)) * 1.4426950408889634
+        scores = scaled_scores(tl.dot(q, k, input_precision=PRECISION), scale, soft_cap, HAS_CAP)
         scores = tl.where(there[None, :], scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, axis=1))  # some key is there: never -inf
         p = tl.exp2(scores - higher[:, None])

@@ -57,10 +57,10 @@ class Graphs:
     def replays(self, step: Any) -> bool:
         return self.sizes.padded(step.num_tokens, step.max_query_len) is not None
 
-    def replay(self, input_ids: torch.Tensor, step: Any) -> torch.Tensor:
+    def replay(self, input_ids: torch.Tensor, step: Any, wanted: torch.Tensor | None = None) -> torch.Tensor:
         context = ForwardContext(step, [self._cache])
         hidden: torch.Tensor = self._model.forward(input_ids, step.positions, context)
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
 
 def with_graphs(

@@ -18,26 +18,33 @@ from octavo.kernels.triton import products, prompt  # noqa: E402
 from octavo.kernels.triton.product_kernels import gate_up_kernel, residual_kernel  # noqa: E402
 from octavo.kernels.triton.qkv_kernel import qkv_kernel  # noqa: E402
 
+_KINDS = {
+    "q_desc": "tensordesc<bf16[64, 1, 128]>", "own_desc": "tensordesc<bf16[64, 1, 128]>",
+    "before_desc": "tensordesc<bf16[64, 1, 128]>", "tiles_ptr": "*i32", "scale": "fp32",
+    "num_rows": "i32", "eps": "fp32", "positions_ptr": "*i64", "slots_ptr": "*i64", "squares_ptr": "*fp32",
+    "cos_ptr": "*fp32", "sin_ptr": "*fp32", "partial_ptr": "*fp32", "counter_ptr": "*i32",
+}  # fmt: skip
+
+
+def _compiled(kernel: Any, constants: dict[str, Any], warps: int, **options: Any) -> Any:
+    """A kernel for a Hopper GPU; what is no constant and not in _KINDS is a pointer to bf16."""
+    names = kernel.arg_names
+    aligned = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")
+    }
+    signature = {name: "constexpr" if name in constants else _KINDS.get(name, "*bf16") for name in names}
+    source = ASTSource(kernel, signature, constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
+
 
 @pytest.mark.parametrize("has_before", [False, True])
 def test_matrix_products_of_long_chunks_overlap(has_before: bool, tmp_path: Path) -> None:
     """Where registers run short the assembler waits behind each product, which costs half the speed."""
-    tile = "tensordesc<bf16[64, 1, 128]>"
-    kinds = {
-        "q_desc": tile, "own_desc": tile, "before_desc": tile, "out_ptr": "*bf16", "tiles_ptr": "*i32",
-        "positions_ptr": "*i64", "scale": "fp32",
-    }  # fmt: skip
     constants: dict[str, Any] = {
         "HEADS": 16, "KV_HEADS": 8, "D": 128, "BLOCK_Q": prompt.BLOCK_Q, "BLOCK_KV": prompt.BLOCK_KV,
         "STAGES": prompt.STAGES, "HAS_BEFORE": has_before, "PRECISION": "tf32", "PDL": True,
     }  # fmt: skip
-    names = prompt.prompt_kernel.arg_names
-    aligned = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")
-    }
-    signature = {name: kinds.get(name, "constexpr") for name in names}
-    source = ASTSource(prompt.prompt_kernel, signature, constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    compiled = _compiled(prompt.prompt_kernel, constants, 4)
     assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024, "two programs do not fit a multiprocessor"
     assembly = tmp_path / "kernel.ptx"
     assembly.write_text(compiled.asm["ptx"])
@@ -56,24 +63,9 @@ def test_matrix_products_of_long_chunks_overlap(has_before: bool, tmp_path: Path
     assert "0 bytes spill stores" in said
 
 
-_KINDS = {
-    "num_rows": "i32", "eps": "fp32", "positions_ptr": "*i64", "slots_ptr": "*i64", "squares_ptr": "*fp32",
-    "cos_ptr": "*fp32", "sin_ptr": "*fp32", "partial_ptr": "*fp32", "counter_ptr": "*i32",
-}  # fmt: skip
-
-
 def _sums_of_products(kernel: Any, constants: dict[str, Any], warps: int, fuses: bool) -> int:
     """How many fused multiply-adds add something to a product."""
-    names = kernel.arg_names
-    aligned = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")
-    }
-    signature = {name: "constexpr" if name in constants else _KINDS.get(name, "*bf16") for name in names}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attrs=aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "enable_fp_fusion": fuses},
-    )
+    compiled = _compiled(kernel, constants, warps, enable_fp_fusion=fuses)
     found = re.findall(r"fma\.rn\.f32\s+.*,\s*(\S+);", compiled.asm["ptx"])
     return sum(addend != "0f00000000" for addend in found)  # "x * y + 0" is a product
 
