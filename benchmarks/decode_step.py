@@ -18,7 +18,8 @@ import torch
 from benchmarks.gpu_workloads import MODELS
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
 from octavo.kernels.triton import attention, launch, sample
-from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder, Layer
+from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder
+from octavo.kernels.triton.layer import Layer
 from octavo.kernels.triton.query_tiles import plans_of
 from octavo.models.gpu_ops import GpuOps, GpuPacked
 

@@ -10,7 +10,7 @@ with other prompts, and its line gives the median. One JSON line a scenario: out
 the aim, how much of the time the device was busy, and for how many milliseconds a step it waited for the
 host: from a step's end to the next one's first command, and the launching of that step where it came late.
 With a draft model also the tokens that a round brought on average: that is luck, and not speed. --trace:
-the steps of each scenario's last repeat in a file, with their rows and what host and device took.
+the steps of every repeat of a scenario in a file, with their rows and what host and device took.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ llm.shutdown()
 ONE_REQUEST_RUNS = 9
 
 # The columns of --trace; seconds, and `launched` on the clock of the run.
-TRACED = ("launched", "requests", "rows", "chunk_rows", "launching", "target", "drafting", "gap")
+TRACED = ("repeat", "launched", "requests", "rows", "chunk_rows", "launching", "target", "drafting", "gap")
 # A step whose first command found an idle device: what the host took to launch it was waited for.
 _IDLE_SECONDS = 10e-6
 
@@ -186,7 +186,7 @@ class Scenarios:
         temperature_asked: float | None = None,
         trace: Path | None = None,
     ) -> dict[str, Any]:
-        """One scenario; the steps of its last repeat go to a file in the folder `trace`."""
+        """One scenario; the steps of its repeats go to a file in the folder `trace`."""
         from benchmarks.gpu_limits import Limits
 
         temperature = 0.6 if kind == "throughput" and self.draft is None else 0.0
@@ -194,6 +194,7 @@ class Scenarios:
             temperature = temperature_asked
         rates, busy, idle, steps = [], [], [], 0
         rounds, round_tokens = 0, 0
+        traced: list[list[float]] = []
         for seed in range(repeats(kind, repeat, self.draft)):
             work = requests(kind, seed)
             self.watched.start_over()
@@ -205,14 +206,14 @@ class Scenarios:
             idle.append(self.watched.idle / max(1, self.watched.steps))
             steps = self.watched.steps
             rounds, round_tokens = rounds + self.watched.rounds, round_tokens + self.watched.round_tokens
+            first = self.watched.trace[0][0]
+            traced += [[seed, launched - first, *others] for launched, *others in self.watched.trace]
         if trace is not None:
             trace.mkdir(parents=True, exist_ok=True)
-            first = self.watched.trace[0][0]
             with open(trace / f"{self.model}-{kind}.csv", "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(TRACED)
-                for launched, *others in self.watched.trace:
-                    writer.writerow([round(value, 6) for value in (launched - first, *others)])
+                writer.writerows([round(value, 6) for value in step] for step in traced)
         work = requests(kind)
         limits = Limits(MODELS[self.model], ceilings)
         shape = [(len(prompt), count) for prompt, count in work]
@@ -232,7 +233,8 @@ class Scenarios:
             "spread": round(max(rates) / min(rates) - 1, 3), "busy": round(median(busy), 3), "steps": steps,
             "ms_a_step": round(1e3 * counted / rate / max(1, steps), 3),
             "idle_ms_a_step": round(1e3 * median(idle), 4),
-            "runs": len(rates), "tokens_a_round": round(round_tokens / rounds, 3) if rounds else None,
+            "runs": [round(value, 1) for value in rates],
+            "tokens_a_round": round(round_tokens / rounds, 3) if rounds else None,
         }  # fmt: skip
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
@@ -233,35 +234,44 @@ class LLM:
         add_special_tokens: bool,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         engine = self._engine_parts().engine
-        work: list[PreparedRequest | RequestOutput] = []
-        for prompt, one in zip(prompts, params, strict=True):
-            try:
-                if isinstance(prompt, RequestError):
-                    raise prompt
-                if stream and one.best_of is not None:
-                    raise RequestError("best_of cannot stream: which answers are best is known at the end")
-                work.append(engine.read_request(prompt, one, add_special_tokens=add_special_tokens))
-            except RequestError as error:
-                if single:
-                    raise
-                shown: PromptInput = "" if isinstance(prompt, RequestError) else prompt
-                work.append(failed_output(str(next(self._ids)), shown, error))
+
+        def read() -> Iterator[PreparedRequest | RequestOutput]:
+            for prompt, one in zip(prompts, params, strict=True):
+                try:
+                    if isinstance(prompt, RequestError):
+                        raise prompt
+                    if stream and one.best_of is not None:
+                        raise RequestError(
+                            "best_of cannot stream: which answers are best is known at the end"
+                        )
+                    yield engine.read_request(prompt, one, add_special_tokens=add_special_tokens)
+                except RequestError as error:
+                    if single:
+                        raise
+                    shown: PromptInput = "" if isinstance(prompt, RequestError) else prompt
+                    yield failed_output(str(next(self._ids)), shown, error)
+
         if stream:
-            return self._drive(work, "cumulative", None)
-        done: list[RequestOutput | None] = [None] * len(work)
-        bar = _progress_bar(len(work)) if use_tqdm and work else None
-        for _ in self._drive(work, "final", bar, done):
+            return self._drive(list(read()), "cumulative", None)
+        # Who has a greater priority may stand last: then all are read before the first step.
+        is_ordered = len({one.priority for one in params}) <= 1
+        done: list[RequestOutput | None] = [None] * len(prompts)
+        bar = _progress_bar(len(prompts)) if use_tqdm and prompts else None
+        for _ in self._drive(read() if is_ordered else list(read()), "final", bar, done):
             pass
         return [output for output in done if output is not None]
 
     def _drive(
         self,
-        work: list[PreparedRequest | RequestOutput],
+        work: Iterable[PreparedRequest | RequestOutput],
         kind: OutputKind,
         bar: tqdm[Any] | None,
         done: list[RequestOutput | None] | None = None,
     ) -> Iterator[RequestOutput]:
         """Admit the requests, step until all have ended, yield what comes; what is abandoned is aborted.
+
+        Where nothing is asked for before the end, the steps begin as soon as the prompts read so far fill
+        one: a thousand texts to be tokenized do not keep the device waiting.
 
         Several of these may be open at once and step the engine in turn: every output goes to the one
         that its request belongs to.
@@ -270,6 +280,7 @@ class LLM:
         mine: deque[RequestOutput] = deque()
         order: dict[str, int] = {}
         num_tokens = 0
+        started, unseen = time.monotonic(), 0  # unseen: prompt tokens admitted since the last step
         try:
             for index, item in enumerate(work):
                 if isinstance(item, RequestOutput):
@@ -277,9 +288,13 @@ class LLM:
                     mine.append(item)
                     continue
                 request_id = str(next(self._ids))
-                engine.admit(request_id, item, kind)
+                engine.admit(request_id, item, kind, arrival_time=started)
                 order[request_id] = index
                 self._sinks[request_id] = mine
+                unseen += len(item.prompt.token_ids)
+                if done is not None and unseen >= engine.scheduler.config.max_num_batched_tokens:
+                    unseen = 0
+                    self._step(engine)
             while order:
                 if not mine:
                     self._step(engine)

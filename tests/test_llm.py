@@ -77,6 +77,39 @@ def test_order_is_kept_and_each_prompt_has_its_parameters(llm: LLM) -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs] == [9 - index for index in range(9)]
 
 
+def test_steps_begin_before_all_prompts_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(folder), dtype="float32", kv_cache_memory="8MB", max_num_batched_tokens=32) as llm:
+        engine = llm._engine_parts().engine
+        read, step = engine.read_request, engine.step
+        events: list[str] = []
+
+        def noted_read(*args: Any, **options: Any) -> Any:
+            events.append("read")
+            return read(*args, **options)
+
+        def noted_step() -> Any:
+            events.append("step")
+            return step()
+
+        monkeypatch.setattr(engine, "read_request", noted_read)
+        monkeypatch.setattr(engine, "step", noted_step)
+        prompts = [[5 + index] * 20 for index in range(6)]
+        together = llm.generate(prompts, GREEDY, use_tqdm=False)
+        # two prompts fill a step
+        assert events[:9] == ["read", "read", "step"] * 3
+        alone = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
+        assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+        # the last may have to be served first
+        events.clear()
+        urgent = [GREEDY.replace(priority=-index) for index in range(6)]
+        llm.generate(prompts, urgent, use_tqdm=False)
+        assert events[:7] == ["read"] * 6 + ["step"]
+        # who streams gets the first tokens as soon as there are some
+        events.clear()
+        list(llm.generate(prompts, GREEDY, use_tqdm=False, stream=True))
+        assert events[:7] == ["read"] * 6 + ["step"]
+
+
 def test_streaming_ends_where_generating_does(llm: LLM) -> None:
     (whole,) = llm.generate("once", GREEDY, use_tqdm=False)
     parts = list(llm.generate("once", GREEDY, stream=True))
@@ -358,6 +391,8 @@ def test_no_prompts_give_no_outputs(llm: LLM) -> None:
         ({"max_model_len": 129}, ConfigError, "made for"),
         ({"device": "tpu"}, ConfigError, "not one of auto, cpu, cuda"),
         ({"attention_backend": "flash"}, ConfigError, r"choose one of auto, (\w+, )*cpu, torch"),
+        ({"attention_backend": "flashinfer"}, NotInThisVersionError, "FlashInfer .* is not in this version"),
+        ({"attention_backend": "TORCH_SDPA"}, ConfigError, "here it is called sdpa"),
         ({"pipeline_depth": 2}, ConfigError, "0 or 1"),
         ({"deterministic": True, "attention_backend": "torch"}, ConfigError, "deterministic"),
         ({"tensor_parallel_size": 2}, NotInThisVersionError, "not in this version"),
@@ -372,8 +407,11 @@ def test_bad_options(folder: Path, options: dict[str, Any], error: type[Exceptio
 
 def test_an_unknown_backend_in_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
-    with pytest.raises(ConfigError, match="choose one of"):
+    with pytest.raises(NotInThisVersionError, match=r"VLLM_ATTENTION_BACKEND='FLASH_ATTN'.*choose one of"):
         LLM(str(folder))
+    monkeypatch.setenv("OCTAVO_ATTENTION_BACKEND", "sdpa")  # it goes first
+    with LLM(str(folder), skip_tokenizer_init=True, dtype="float32") as llm:
+        assert llm._engine_parts().config.attention_backend == "sdpa"
 
 
 def test_unknown_models(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionBackend
 from octavo.kernels.triton import pointwise, products
-from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder, Layer
+from octavo.kernels.triton.decoder import FEW_ROWS, FusedDecoder
+from octavo.kernels.triton.layer import Layer
 from octavo.layers.ops import DecoderParts, EmbeddingTable, FusedForward, LayerParts
 from octavo.quantization.base import PackedLinear, PackUse
 

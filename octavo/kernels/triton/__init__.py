@@ -2,7 +2,8 @@
 
 Nothing here is imported on a machine without Triton: importers ask `available` first.
 
-    launch     what every launch needs: dependent launch, interpreter, padded sizes
+    launch     what every launch needs: dependent launch, padded sizes, one form
+    quick      launches that cost the host little, and a layer's launches repeated for the others
     products   products of few rows with a weight, with what follows them in a layer
                (how they are summed: product_sums; the kernels: product_kernels, qkv_kernel)
     wide_gate_up  gate and up of a large weight for 17 to 128 rows, fed by the copy engine
@@ -18,7 +19,9 @@ Nothing here is imported on a machine without Triton: importers ask `available` 
     lookup     drafts from the text itself or from a predicted output
     draft      what lies around the passes of a draft model
     prompt     attention of long chunks of prompts, fed by the copy engine
-    decoder    a whole decoder forward of few rows, five kernels a layer
+    decoder    a whole decoder forward, five kernels a layer for few rows
+    many_rows  the layers of steps with many rows, between the library's products
+    persistent  a whole forward of one row as one kernel
 
 Every kernel is a function of its row alone, whatever stands in the other rows, and its sums have
 one order whatever the number of rows: that is what makes a request's text independent of its

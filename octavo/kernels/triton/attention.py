@@ -18,13 +18,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
 from octavo.kernels.triton.attention_few import few_rows_kernel, spans_of
 from octavo.kernels.triton.attention_tile import many_rows_kernel
 from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
+from octavo.kernels.triton.quick import kernel
 from octavo.kernels.triton.shared import PARTS, SharedScratch
 
 GROUP = 128  # tokens of a span, or summed by themselves; part of the definition of a row's bits
@@ -34,7 +34,7 @@ LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["num_tiles", "window", "num_reqs", "least", "most", "whole", "table_stride"])
+@kernel(do_not_specialize=["num_tiles", "window", "num_reqs", "least", "most", "whole", "table_stride"])
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64

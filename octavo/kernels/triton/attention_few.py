@@ -26,6 +26,7 @@ from octavo.kernels.triton.attention_tile import (
     write_tile,
 )
 from octavo.kernels.triton.launch import begin
+from octavo.kernels.triton.quick import kernel
 
 SHORT_SPANS = 16  # spans of SPAN tokens, from position 0 on; those behind them are LONGER times as long
 LONGER = 4
@@ -122,7 +123,7 @@ def _fold_spans(
     return most, weight, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_spans", "window"])
+@kernel(do_not_specialize=["table_stride", "max_spans", "window"])
 def few_rows_kernel(
     q_ptr,  # [num_tokens, HEADS, D], rotary applied
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]

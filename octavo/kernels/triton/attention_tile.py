@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import begin, prefetch
+from octavo.kernels.triton.quick import kernel
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def write_tile(
     tl.store(out_ptr + column[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@kernel(do_not_specialize=["table_stride", "window"])
 def many_rows_kernel(
     q_ptr,  # [num_tokens, HEADS, D], rotary applied
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]

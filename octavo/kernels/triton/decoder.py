@@ -6,8 +6,8 @@ matrix unit with everything that follows it (see products), and attention betwee
     norm scale, qkv, bias, qk-norm, rotary, store  |  attention  |  o + residual
     norm scale, gate and up, SiLU·mul  |  down + residual
 
-Larger ones take the library's products and a few pointwise kernels between them. Gate and up of a large
-weight have a kernel of their own from 17 to 128 rows, on both paths (see wide_gate_up). A step of
+Larger ones take the library's products and a few pointwise kernels between them (see many_rows). Gate and up
+of a large weight have a kernel of their own from 17 to 128 rows, on both paths (see wide_gate_up). A step of
 one row of a small model may run as one kernel instead, if asked for (see persistent). No path asks the host
 anything, so all can be captured in a graph.
 """
@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, ForwardContext
 from octavo.kernels.triton import (
@@ -36,38 +35,14 @@ from octavo.kernels.triton import (
 from octavo.kernels.triton.attention import Scratch, TilePlan
 from octavo.kernels.triton.attention_few import spans_of
 from octavo.kernels.triton.launch import next_power_of_2
+from octavo.kernels.triton.layer import Layer
+from octavo.kernels.triton.many_rows import MOST_WANTED, ManyRows
 from octavo.kernels.triton.products import SQUARES_WIDTH, Tiling, Workspace
-from octavo.kernels.triton.query_tiles import Attend, narrow_tiling, plans_of
-from octavo.kernels.triton.rope_store import rope_store
+from octavo.kernels.triton.query_tiles import Attend, plans_of
 
 logger = logging.getLogger("octavo")
 
 FEW_ROWS = 64  # beyond, the library's products are faster; up to MAX_ROWS the rows would stay invariant
-# Up to so many rows the library's o and down get a bias of zeros: a product with a bias goes to cuBLASLt,
-# which cuts their K better (8B, 96 rows: 5.36 ms a step instead of 5.51; from 128 on nothing is gained).
-_BIASED_ROWS = 96
-# From more rows on, the library's o and down add to the residual stream themselves, so that the norm behind
-# them reads half as much and writes half as much (8,192 rows: 0.6B 9.8 us instead of 17.8, 8B 33.8 and 67.6).
-_ADDED_ROWS = 512
-_MOST_WANTED = 256  # rows that leave the others behind in the last layer; where more are wanted, all go on
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer's weights, plain: [out, in]."""
-
-    attention: AttentionSpec
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
-    post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +87,7 @@ class FusedDecoder:
         self._scratch: list[Scratch] = []
         self._prefix_scratch: list[shared.SharedScratch] = []
         self._tilings: dict[int, LayerTilings] = {}
-        self._zeros = table.new_zeros(table.shape[1])
-        self._normed = table.new_zeros(wide_gate_up.MAX_ROWS, table.shape[1])  # whole tiles for wide_gate_up
+        self._many = ManyRows(table.shape[1], final_norm, cos, sin, eps)
         self._persistent: persistent.PersistentDecoder | None = None
         if self.few_rows:
             self._allocate()
@@ -182,7 +156,7 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Hidden states after the final norm: [num_tokens, hidden], or of the rows that `ctx` wants."""
         is_plain = len(input_ids) <= self.few_rows or self._one_tiling
-        if ctx.wanted is not None and (is_plain or len(ctx.wanted) > _MOST_WANTED):
+        if ctx.wanted is not None and (is_plain or len(ctx.wanted) > MOST_WANTED):
             return self.forward(input_ids, positions, replace(ctx, wanted=None))[ctx.wanted]
         if ctx.attention.long_chunks and not (self._serves_long_chunks and len(input_ids) > self.few_rows):
             ctx = replace(ctx, attention=replace(ctx.attention, long_chunks=()))
@@ -200,7 +174,9 @@ class FusedDecoder:
         attend = Attend(plans, scratch, prefixes)
         if len(input_ids) <= self.few_rows:
             return self._few(input_ids, positions, ctx, attend)
-        return self._many(input_ids, positions, ctx, attend)
+        stream = self._table.new_empty(len(input_ids), self._table.shape[1])
+        pointwise.embed(input_ids, self._table, stream)
+        return self._many.run(self._layers, stream, positions, ctx, attend)
 
     def _few(
         self,
@@ -242,88 +218,6 @@ class FusedDecoder:
         out = torch.empty_like(scaled)
         pointwise.apply_scale(scaled, squares, out, eps)
         return out
-
-    def _many(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        ctx: ForwardContext,
-        attend: Attend,
-    ) -> torch.Tensor:
-        rows, eps, slots = len(input_ids), self._eps, ctx.attention.slot_mapping
-        stream = torch.empty(rows, self._table.shape[1], dtype=self._table.dtype, device=self._table.device)
-        wide = wide_gate_up.choose_tiling(self._layers[0].gate_up, rows)
-        pointwise.embed(input_ids, self._table, stream)
-        x = pointwise.norm(stream, self._layers[0].input_norm, eps)
-        long = prompt.plan(ctx.attention) if ctx.attention.long_chunks else None
-        for index, layer in enumerate(self._layers):
-            cache = ctx.kv_caches[index]
-            if ctx.wanted is not None and index + 1 == len(self._layers):
-                return self._end(layer, x, stream, cache, ctx.attention, ctx.wanted)
-            qkv = F.linear(x, layer.qkv, layer.qkv_bias)
-            q = rope_store(
-                qkv, layer.qk_norms, eps, self._cos, self._sin, positions, slots, cache, long is not None
-            )
-            attended = torch.empty_like(q)
-            if long is not None:
-                prompt.attend(q, qkv, cache, attended, ctx.attention, layer.attention, long)
-            attend(q, cache, attended, ctx.attention, layer.attention)
-            normed = None if wide is None else self._normed[:rows]
-            x = self._residual(attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm, normed)
-            if wide is not None:
-                x = x.new_empty(rows, layer.down.shape[1])
-                wide_gate_up.gate_up(
-                    self._normed[: wide.block_m], layer.gate_up, layer.gate_up_bias, None, eps, x, wide
-                )
-            else:
-                x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
-            x = self._residual(x, layer.down, layer.down_bias, stream, self._norm_after(index))
-        return x
-
-    def _residual(
-        self,
-        x: torch.Tensor,  # [num_tokens, in]
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        stream: torch.Tensor,  # [num_tokens, hidden], the product is added to it
-        norm: torch.Tensor,
-        out: torch.Tensor | None = None,  # [num_tokens, hidden], written and returned
-    ) -> torch.Tensor:
-        """A product of the library into the residual stream: the norm behind it."""
-        if len(x) > _ADDED_ROWS and bias is None:
-            return pointwise.norm(stream.addmm_(x, weight.t()), norm, self._eps, out=out)
-        if len(x) <= _BIASED_ROWS and bias is None:
-            bias = self._zeros
-        return pointwise.norm(F.linear(x, weight, bias), norm, self._eps, stream, out)
-
-    def _end(
-        self,
-        layer: Layer,
-        x: torch.Tensor,  # [num_tokens, hidden], normed
-        stream: torch.Tensor,  # [num_tokens, hidden]
-        cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        wanted: torch.Tensor,  # [L] token rows
-    ) -> torch.Tensor:
-        """The last layer: keys and values of all rows, and the rest for the wanted ones: [L, hidden]."""
-        spec, bias = layer.attention, layer.qkv_bias
-        tables = layer.qk_norms, self._eps, self._cos, self._sin
-        queries = spec.num_heads * spec.head_dim
-        keys_values = F.linear(x, layer.qkv[queries:], None if bias is None else bias[queries:])
-        rope_store(keys_values, *tables, metadata.positions, metadata.slot_mapping, cache)
-        if not len(wanted):
-            return stream[:0]
-        metadata = metadata.only(wanted)
-        tiling, _ = narrow_tiling(_MOST_WANTED, 1, spec, self._table.dtype)  # one form for any number
-        plan = attention.plan(metadata, spec, tiling, room=_MOST_WANTED)
-        x, stream = x[wanted], stream[wanted]
-        nowhere = torch.full_like(metadata.slot_mapping, -1)
-        q = rope_store(F.linear(x, layer.qkv, bias), *tables, metadata.positions, nowhere, cache)
-        attended = torch.empty_like(q)
-        Attend([plan], None, None)(q, cache, attended, metadata, spec)
-        x = self._residual(attended.flatten(1), layer.o, layer.o_bias, stream, layer.post_norm)
-        x = pointwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
-        return self._residual(x, layer.down, layer.down_bias, stream, self._final_norm)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:

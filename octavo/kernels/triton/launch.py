@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo.kernels.triton import quick
+
 
 def one_form(*specialized: str):
     """`triton.jit` for a kernel of which there is one form.
@@ -34,7 +36,7 @@ def one_form(*specialized: str):
             for name, parameter in inspect.signature(kernel).parameters.items()
             if parameter.annotation not in (tl.constexpr, "tl.constexpr") and name not in specialized
         ]
-        return triton.jit(do_not_specialize=names)(kernel)
+        return quick.kernel(do_not_specialize=names)(kernel)
 
     return decorate
 

@@ -22,7 +22,7 @@ run beside one another; launches of one decoder must not overlap.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -30,11 +30,9 @@ from octavo.attention.backend import AttentionMetadata
 from octavo.kernels.triton import pointwise
 from octavo.kernels.triton.attention import LOG2_E
 from octavo.kernels.triton.launch import dot_precision, next_power_of_2
+from octavo.kernels.triton.layer import Layer
 from octavo.kernels.triton.persistent_kernel import COLUMNS, PHASES, decoder_kernel
 from octavo.kernels.triton.persistent_products import CHUNK, UNIT
-
-if TYPE_CHECKING:
-    from octavo.kernels.triton.decoder import Layer
 
 WARPS = 8
 TOKENS = 64  # whose keys and values a program holds

@@ -10,6 +10,7 @@ from octavo.kernels.triton.persistent_attention import attend_item, context_part
 from octavo.kernels.triton.persistent_phases import gate_up_units, qkv_units, residual_units
 from octavo.kernels.triton.persistent_products import row_tiles, weight_tiles
 from octavo.kernels.triton.persistent_sync import arrive, leave, wait
+from octavo.kernels.triton.quick import kernel
 
 PHASES = 5  # of a layer
 COLUMNS = 16  # of a layer's row in the table of offsets
@@ -80,7 +81,7 @@ def _gate_up(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_layers", "window"])
+@kernel(do_not_specialize=["num_layers", "window"])
 def decoder_kernel(
     layers_ptr,  # [num_layers, COLUMNS] int64, elements behind the first layer's tensor
     input_norm_ptr,  # the first layer's tensors

@@ -8,16 +8,16 @@ larger ones, and the two ends of every forward.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import begin, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.product_sums import row_scales
 from octavo.kernels.triton.products import SQUARES_WIDTH
 from octavo.kernels.triton.qkv_kernel import kv_offsets
+from octavo.kernels.triton.quick import kernel
 
 
-@triton.jit
+@kernel()
 def embed_kernel(
     ids_ptr,  # [num_tokens] int64
     table_ptr,  # [vocab, WIDTH]
@@ -46,7 +46,7 @@ def embed_kernel(
         tl.store(squares_ptr + row * (WIDTH // SQUARES) + t, squares, mask=t < WIDTH // SQUARES)
 
 
-@triton.jit
+@kernel()
 def scale_kernel(
     scaled_ptr,  # [num_tokens, WIDTH]
     squares_ptr,  # [num_tokens, TILES]
@@ -68,7 +68,7 @@ def scale_kernel(
     tl.store(out_ptr + where, (x.to(tl.float32) * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def norm_kernel(
     x_ptr,  # [num_rows, WIDTH], row stride x_stride
     residual_ptr,  # [num_rows, WIDTH], changed in place if ADDS
@@ -98,7 +98,7 @@ def norm_kernel(
     tl.store(out_ptr + row * WIDTH + column, normed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -110,7 +110,7 @@ def silu_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PD
     tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def store_kernel(
     key_ptr,  # [num_tokens, KV_HEADS, D], strides of token and head given
     value_ptr,

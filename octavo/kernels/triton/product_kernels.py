@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from octavo.kernels.triton.product_sums import (
@@ -14,9 +13,10 @@ from octavo.kernels.triton.product_sums import (
     row_scales,
     row_sum,
 )
+from octavo.kernels.triton.quick import kernel
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def plain_kernel(
     x_ptr,
     w_ptr,
@@ -65,7 +65,7 @@ def plain_kernel(
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def residual_kernel(
     x_ptr,
     w_ptr,
@@ -123,7 +123,7 @@ def residual_kernel(
             tl.store(squares_ptr + m * (N // SQUARES) + place, squares, mask=m < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def gate_up_kernel(
     x_ptr,  # [num_rows, K], scaled by the norm's weight
     w_ptr,  # [2 * N, K], gate rows above up rows

@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
 from octavo.kernels.triton.launch import begin, pdl_options, uses_pdl
+from octavo.kernels.triton.quick import kernel
 
 LEAST_ROWS = 256  # of a chunk; shorter ones are not worth gathering for
 MOST_GATHERED = 65_536  # tokens of earlier keys and values in one step
@@ -30,7 +31,7 @@ BLOCK_Q, BLOCK_KV, STAGES = 64, 64, 3
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["pieces_ptr", "table_stride"])
+@kernel(do_not_specialize=["pieces_ptr", "table_stride"])
 def gather_kernel(
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
     table_ptr,  # [table rows, table_stride] int32
@@ -66,7 +67,7 @@ def _weigh(scores, most, weight, scale):
     return higher, weight * shrink + tl.sum(p, axis=1), p, shrink[:, None]
 
 
-@triton.jit
+@kernel()
 def prompt_kernel(
     q_desc,  # [num_tokens, HEADS, D]
     own_desc,  # [num_tokens, HEADS + 2 * KV_HEADS, D], keys rotated

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.product_sums import accumulate, collect, deliver, row_scales, row_sum
+from octavo.kernels.triton.quick import kernel
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def kv_offsets(slots, head, half, BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constex
     return (((block * 2 + half) * KV_HEADS + head) * BLOCK_SIZE + slots % BLOCK_SIZE) * D
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def qkv_kernel(
     x_ptr,  # [num_rows, K], scaled by the norm's weight
     w_ptr,  # [(HEADS + 2 * KV_HEADS) * D, K]

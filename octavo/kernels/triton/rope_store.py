@@ -8,17 +8,17 @@ tokens, so that their angles are read once. Other models take a program a head.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from octavo.kernels.triton.launch import begin, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.qkv_kernel import kv_offsets, rotate_head, turn
+from octavo.kernels.triton.quick import kernel
 
 _BLOCK_T = 16  # tokens of a program
 _FEW_TOKENS = 512  # up to so many, a program takes one head: there are too few to fill the card otherwise
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@kernel(do_not_specialize=["num_tokens"])
 def rope_store_kernel(
     qkv_ptr,  # [num_tokens, HEADS + 2 * KV_HEADS, D]; KEEPS: the keys are changed in place as well
     q_norm_ptr,
@@ -77,7 +77,7 @@ def rope_store_kernel(
                 tl.store(base + d[None, :], x.to(qkv_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@kernel(do_not_specialize=["num_tokens"])
 def whole_heads_kernel(
     qkv_ptr,  # [num_tokens, HEADS + 2 * KV_HEADS, D]; KEEPS: the keys are changed in place as well
     q_norm_ptr,

@@ -15,12 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
 from octavo.kernels.triton.attention_tile import scaled_scores
 from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
+from octavo.kernels.triton.quick import kernel
 
 PARTS = 8  # programs that share a tile's prefix
 TILE_HEADS = 64  # query heads of a tile, over all its rows: what the matrix unit takes at once
@@ -28,7 +28,7 @@ BLOCK_KV = 64
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@kernel(do_not_specialize=["table_stride"])
 def shared_kernel(
     q_ptr,  # [num_tokens, HEADS, D], rotary applied
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.product_sums import row_scales
+from octavo.kernels.triton.quick import kernel
 
 LEAST_ROWS, MAX_ROWS = 17, 128  # below, padding x to a tile costs more than it saves
 _LEAST_WEIGHT = 1 << 25  # numbers; a smaller weight is read before the copy engine has begun
@@ -77,11 +78,11 @@ def _finish(
     tl.store(out_ptr + where, out.to(out_ptr.dtype.element_ty), mask=m[:, None] < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@kernel(do_not_specialize=["num_rows"])
 def wide_gate_up_kernel(
-    x,  # [BLOCK_M or fewer, K], tiles of [BLOCK_M, BLOCK_K]
-    w,  # [2, N, K], gates and ups, tiles of [2, WIDTH, BLOCK_K]
-    w_rest,  # the same, tiles of [2, REST, BLOCK_K]
+    x_desc,  # [BLOCK_M or fewer, K], tiles of [BLOCK_M, BLOCK_K]
+    w_desc,  # [2, N, K], gates and ups, tiles of [2, WIDTH, BLOCK_K]
+    w_rest_desc,  # the same, tiles of [2, REST, BLOCK_K]
     bias_ptr,  # [2 * N]
     squares_ptr,  # [num_rows, SQUARES] float32
     out_ptr,  # [num_rows, N]
@@ -107,11 +108,11 @@ def wide_gate_up_kernel(
     if REST > 0:
         acc_rest = tl.zeros((BLOCK_M, 2 * REST), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        rows = x.load([0, k])
-        part = w.load([0, first, k]).reshape(2 * WIDTH, BLOCK_K)
+        rows = x_desc.load([0, k])
+        part = w_desc.load([0, first, k]).reshape(2 * WIDTH, BLOCK_K)
         acc = tl.dot(rows, part.T, acc, input_precision=PRECISION)
         if REST > 0:
-            part = w_rest.load([0, first + WIDTH, k]).reshape(2 * REST, BLOCK_K)
+            part = w_rest_desc.load([0, first + WIDTH, k]).reshape(2 * REST, BLOCK_K)
             acc_rest = tl.dot(rows, part.T, acc_rest, input_precision=PRECISION)
     m = tl.arange(0, BLOCK_M)
     scale = m.to(tl.float32)
