@@ -132,11 +132,11 @@ class Kernel(JITFunction):
         # A loop over the arguments would cost more than all the rest: the function is written out.
         source = _launcher(self._given)
         names: dict[str, Any] = {
-            "kernel": self, "forms": self._forms, "where": lambda: where(), "JITFunction": JITFunction,
-            "USUAL": _USUAL, "state": _state,
+            "_kernel": self, "_forms": self._forms, "_where": lambda: where(), "_JITFunction": JITFunction,
+            "_USUAL": _USUAL, "_state": _state,
         }  # fmt: skip
         exec(source, names)
-        self._launch = names["launch"]
+        self._launch = names["_launch"]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         """What launches it: arguments by position, constants and Triton's own options by name."""
@@ -202,8 +202,8 @@ def _launcher(given: Sequence[Any]) -> str:
             key.append(f"None if {name} is None else {name}.dtype")
             address = f"None if {name} is None else {name}.data_ptr()"
             if is_specialized:  # on being aligned to 16 bytes
-                key.append(f"(at_{name} := {address}) is None or at_{name} & 15 == 0")
-                values.append(f"at_{name}")
+                key.append(f"(_at_{name} := {address}) is None or _at_{name} & 15 == 0")
+                values.append(f"_at_{name}")
             else:
                 values.append(f"({address})")
         else:
@@ -214,20 +214,21 @@ def _launcher(given: Sequence[Any]) -> str:
                 key.append(f"{name} == 1, {name} % 16 == 0")
             values.append(name)
     names = ", ".join(parameter.name for parameter in given)
+    assert not any(parameter.name.startswith("_") for parameter in given), "such names are the launch's own"
+    handed = ", ".join(values)
     return f"""
-def launch(grid, {names}, *others, **options):
-    if others or JITFunction.run is not USUAL or not ({" and ".join(plain) or True}):
-        return kernel.launch_as_usual(None, grid, ({names}, *others), options)
-    device, stream = where()
-    key = (device, {", ".join(key)}, *options.items())
-    form = forms.get(key)
-    if form is None:
-        return kernel.launch_as_usual(key, grid, ({names},), options)
-    run, function, metadata, constants = form
-    x, y, z = (*grid, 1, 1)[:3]
-    if state.recording is not None:
-        before = x, y, z, stream, function, metadata, None, None, None
-        held = {names},
-        state.recording.add(run, before, ({", ".join(values)},), constants, {{}}, held)
-    run(x, y, z, stream, function, metadata, None, None, None, {", ".join(values)}, *constants)
+def _launch(_grid, {names}, *_others, **_options):
+    if _others or _JITFunction.run is not _USUAL or not ({" and ".join(plain) or True}):
+        return _kernel.launch_as_usual(None, _grid, ({names}, *_others), _options)
+    _device, _stream = _where()
+    _key = (_device, {", ".join(key)}, *_options.items())
+    _form = _forms.get(_key)
+    if _form is None:
+        return _kernel.launch_as_usual(_key, _grid, ({names},), _options)
+    _run, _function, _metadata, _constants = _form
+    _x, _y, _z = (*_grid, 1, 1)[:3]
+    if _state.recording is not None:
+        _before = _x, _y, _z, _stream, _function, _metadata, None, None, None
+        _state.recording.add(_run, _before, ({handed},), _constants, {{}}, ({names},))
+    _run(_x, _y, _z, _stream, _function, _metadata, None, None, None, {handed}, *_constants)
 """

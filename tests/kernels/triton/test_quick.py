@@ -31,6 +31,10 @@ def _copy(x_desc, out_ptr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     pass
 
 
+def _names(at_ptr, stream, key, form, grid, x, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    pass
+
+
 class _Compiled:
     """What Triton returns of a launch."""
 
@@ -114,6 +118,15 @@ def test_other_devices_have_other_forms(usual: list[_Compiled], monkeypatch: pyt
     monkeypatch.setattr(quick, "where", lambda: (1, 5))
     kernel[(1,)](_X, _X, 3, 32, 0.5, WIDTH=64)
     assert len(usual) == 2
+
+
+def test_a_parameter_may_have_any_name(usual: list[_Compiled]) -> None:
+    kernel = Kernel(_names, do_not_specialize=["stream"])
+    for number in (3, 4):
+        kernel[(9,)](_X, number, 5, 6, 7, 8, WIDTH=64)
+    ((*before, address, stream, key, form, grid, x, width),) = usual[0].launches
+    assert before[:4] == [9, 1, 1, 5]
+    assert (address, stream, key, form, grid, x, width) == (_X.data_ptr(), 4, 5, 6, 7, 8, 64)
 
 
 def test_descriptors_are_told_apart_by_what_they_load(usual: list[_Compiled]) -> None:
