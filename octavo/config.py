@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ConfigError, NotInThisVersionError
-from octavo.other_names import option_advice
+from octavo.other_names import ATTENTION_BACKENDS_ELSEWHERE, OUR_ATTENTION_BACKENDS, option_advice
 
 if TYPE_CHECKING:
     from octavo.models.config import ModelConfig
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+# octavo.platform.backends chooses for auto; torch is the slow reference
+ATTENTION_BACKENDS = ("auto", "triton", "sdpa", "cpu", "torch")
 SPECULATIVE_METHODS = ("draft_model", "prompt_lookup", "ngram", "suffix", "predicted", "hybrid")
 _SPECULATIVE_KEYS = (
     "method", "model", "num_speculative_tokens", "acceptance", "synthetic_acceptance_rates", "history_tokens",
@@ -57,6 +59,25 @@ def parse_size(value: int | str, name: str) -> int:
     if size <= 0:
         raise ConfigError(f"{name} must be greater than 0, not {value!r}")
     return size
+
+
+def check_attention_backend(asked: str, source: str = "attention_backend") -> str:
+    """`asked`, if it is one of ATTENTION_BACKENDS; `source` is the option or variable it came from.
+
+    Raises NotInThisVersionError for a backend that other engines have, and ConfigError for any other name.
+    """
+    if asked in ATTENTION_BACKENDS:
+        return asked
+    name, ours = asked.lower().replace("-", "_"), f"choose one of {', '.join(ATTENTION_BACKENDS)}"
+    if name in ATTENTION_BACKENDS_ELSEWHERE:
+        raise NotInThisVersionError(
+            f"{source}={asked!r} ({ATTENTION_BACKENDS_ELSEWHERE[name]} in place of Octavo's own kernels)",
+            "it plans each step on the host, where a step here is one CUDA graph, and was not faster overall "
+            f"beside Octavo's kernels on an H200. Leave it at auto, or {ours}",
+        )
+    if name in OUR_ATTENTION_BACKENDS:
+        raise ConfigError(f"{source}={asked!r}: here it is called {OUR_ATTENTION_BACKENDS[name]}")
+    raise ConfigError(f"{source}={asked!r}: this attention backend is unknown; {ours}")
 
 
 # Drafters that other engines have and this version does not.
@@ -212,7 +233,9 @@ class EngineArgs:
     enable_prefix_caching: bool = _option(True, "reuse the KV of prompts that begin alike")
     seed: int = _option(0, "seed of requests that bring none")
     device: str = _option("auto", "where to run", ("auto", "cpu", "cuda"))
-    attention_backend: str = _option("auto", "attention implementation; also OCTAVO_ATTENTION_BACKEND")
+    attention_backend: str = _option(
+        "auto", f"one of {', '.join(ATTENTION_BACKENDS)}; sdpa is torch's own; also OCTAVO_ATTENTION_BACKEND"
+    )
     deterministic: bool = _option(False, "bit-equal output whatever else runs in the batch")
     enforce_eager: bool = _option(False, "no CUDA graphs")
     pipeline_depth: int | None = _option(
@@ -285,6 +308,7 @@ class EngineArgs:
             )
         if self.kv_cache_memory is not None:
             parse_size(self.kv_cache_memory, "kv_cache_memory")
+        check_attention_backend(self.attention_backend)
         if self.pipeline_depth not in (None, 0, 1):
             raise ConfigError(f"pipeline_depth must be 0 or 1, not {self.pipeline_depth}")
         if self.speculative is not None:

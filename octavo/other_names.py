@@ -192,6 +192,29 @@ SAMPLING_ADVICE = {
     "use_beam_search": _NO_BEAMS,
 }
 
+# Values of attention_backend, lower case and with underscores; what the second ones name is not here.
+OUR_ATTENTION_BACKENDS = {
+    "eager": "torch",
+    "torch_native": "sdpa",
+    "torch_sdpa": "sdpa",
+    "torch_sdpa_vllm_v1": "sdpa",
+    "triton_attn": "triton",
+    "triton_attn_vllm_v1": "triton",
+}
+ATTENTION_BACKENDS_ELSEWHERE = {
+    "fa2": "FlashAttention",
+    "fa3": "FlashAttention",
+    "fa4": "FlashAttention",
+    "flash_attn": "FlashAttention",
+    "flash_attn_vllm_v1": "FlashAttention",
+    "flash_attention": "FlashAttention",
+    "flash_attention_2": "FlashAttention",
+    "flash_attention_3": "FlashAttention",
+    "flashattention": "FlashAttention",
+    "flashinfer": "FlashInfer",
+    "flashinfer_vllm_v1": "FlashInfer",
+}
+
 # Methods of LLM that vLLM's has.
 METHODS_ADVICE = {
     "apply_model": "the model lives in the engine's own classes and is not handed out",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu_report import GpuReport
+
 # A test run must not depend on the machine's size, nor on a tokenizer's threads after a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -47,6 +49,11 @@ def smollm2_path() -> Path:
     from octavo import hub
 
     return Path(hub.resolve("smollm2"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests on a GPU end with a line of JSON."""
+    config.pluginmanager.register(GpuReport(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

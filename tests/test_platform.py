@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +160,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, int, int, int])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_80", "sm_90", "sm_90a"])
 
 
 def test_without_a_gpu_the_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +198,81 @@ def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.detect("cpu").gpus == ()
     fake_gpus(monkeypatch, ("V100", 7, 0, 16 << 30))
     assert platform.detect("cuda").dtype_default == "float16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "serves"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((7, 5), ["sm_70", "sm_80"], True),
+        ((9, 0), ["sm_80", "compute_80"], True), ((8, 9), ["sm_80", "sm_90a"], True), ((7, 0), [], True),
+        ((9, 0), ["gfx942"], True), ((10, 0), ["sm_90", "compute_120"], False),
+    ],
+)  # fmt: skip
+def test_a_torch_without_code_for_a_gpu(
+    capability: tuple[int, int], built_for: list[str], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, ("a GPU", *capability, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    if serves:
+        assert platform.detect("auto").device == "cuda"
+        return
+    for asked in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match="has no code for a GPU"):
+            platform.detect(asked)
+    assert platform.detect("cpu").device == "cpu"
+
+
+def a_machine(capability: tuple[int, int] | None) -> platform.Platform:
+    """With a GPU of this compute capability, or with none."""
+    found = platform.detect("cpu")
+    if capability is None:
+        return found
+    return replace(found, device="cuda", gpus=(platform.Gpu(0, "a GPU", capability, 16 << 30),))
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "name"),
+    [
+        ((9, 0), "auto", "triton"), ((8, 0), "triton", "triton"), ((8, 0), "sdpa", "sdpa"),
+        ((7, 5), "auto", "sdpa"), ((7, 0), "torch", "torch"), (None, "auto", "cpu"), (None, "sdpa", "sdpa"),
+    ],
+)  # fmt: skip
+def test_attention_by_capability(capability: tuple[int, int] | None, asked: str, name: str) -> None:
+    found = platform.choose_attention(asked, a_machine(capability), has_triton=True)
+    assert found.name == name
+    assert (found.reason is None) == (capability != (7, 5))
+
+
+def test_attention_that_a_machine_cannot_serve() -> None:
+    for capability, asked, message in (
+        ((7, 5), "triton", "compute capability 7.5.*8.0.*sdpa"),
+        ((9, 0), "cpu", "on a CPU only"),
+        (None, "triton", "on a GPU only"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            platform.choose_attention(asked, a_machine(capability), has_triton=True)
+    without = platform.choose_attention("auto", a_machine((9, 0)), has_triton=False)
+    assert (without.name, without.reason) == ("sdpa", "the package triton is not installed")
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "checkpoint", "dtype"),
+    [
+        ((7, 5), "auto", "bfloat16", "float16"), ((7, 5), "auto", "float32", "float32"),
+        ((7, 5), "half", "bfloat16", "float16"), ((7, 0), "float32", "bfloat16", "float32"),
+        ((8, 0), "auto", "bfloat16", "bfloat16"), ((8, 0), "bfloat16", "float16", "bfloat16"),
+        (None, "bfloat16", "float32", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_dtype_by_capability(
+    capability: tuple[int, int] | None, asked: str, checkpoint: str, dtype: str
+) -> None:
+    assert platform.choose_dtype(asked, checkpoint, a_machine(capability)) == dtype
+
+
+def test_no_bfloat16_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"compute capability 7\.0.*--dtype float16"):
+        platform.choose_dtype("bfloat16", "bfloat16", a_machine((7, 0)))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +375,17 @@ def test_the_report_is_plain_data_and_text(monkeypatch: pytest.MonkeyPatch, tmp_
     assert found["gpus"] == [{"name": "H200", "capability": "9.0", "memory": 150 << 30}]
     for part in ("name H200, capability 9.0, memory 150.0 GiB", f"torch {torch.__version__}", str(tmp_path)):
         assert part in text
+
+
+def test_the_report_says_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch)
+    assert platform.describe()["gpu_kernels"] is None
+    fake_gpus(monkeypatch, ("V100", 7, 0, 16 << 30))
+    assert "compute capability 7.0" in platform.describe()["gpu_kernels"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    found = platform.describe()
+    assert found["gpu_kernels"].startswith("not available: this torch")
+    assert (found["device"], found["gpus"]) == ("cpu", [])
 
 
 def test_the_report_says_when_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

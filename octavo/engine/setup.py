@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo import hub, platform
-from octavo.config import CacheConfig, EngineArgs, EngineConfig, SchedulerConfig, SpeculativeConfig
+from octavo.config import (
+    ATTENTION_BACKENDS,
+    CacheConfig,
+    EngineArgs,
+    EngineConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    check_attention_backend,
+)
 from octavo.core.cost_model import CostModel
 from octavo.core.draft_budget import DraftBudget
 from octavo.core.draft_kv import DraftKV
@@ -97,6 +105,7 @@ def resolve(args: EngineArgs) -> EngineConfig:
 
     Raises ConfigError, ModelNotFoundError, UnsupportedModelError or CheckpointError.
     """
+    backend = _attention_backend(args.attention_backend)
     platform.prepare_environment()
     from octavo.models.config import ModelConfig
 
@@ -117,13 +126,13 @@ def resolve(args: EngineArgs) -> EngineConfig:
         model_path=model_path,
         tokenizer_path=tokenizer_path,
         platform=machine,
-        dtype=_dtype(args.dtype, model.dtype),
+        dtype=_dtype(args.dtype, model.dtype, machine),
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens or _batched_tokens(on_gpu, args.deterministic),
         max_chunk_tokens=args.max_chunk_tokens or sys.maxsize,
         # On a CPU host and device are the same cores: nothing is won by running one step late.
         pipeline_depth=depth if depth is not None else int(on_gpu),
-        attention_backend=_attention_backend(args.attention_backend),
+        attention_backend=backend,
         speculative=speculative,
         draft=draft,
     )
@@ -281,13 +290,18 @@ def make_planner(
     config: EngineConfig, speculative: SpeculativeConfig, runner: ModelRunner, memory: MemoryPlan
 ) -> BudgetPlanner:
     """The draft budget, which has seen no drafts yet, over costs that are measured now."""
-    from octavo.worker.build import measure_draft_costs, measure_step_costs
+    from octavo.worker.build import (
+        measure_draft_costs,
+        measure_step_costs,
+        padded_draft_rows,
+        padded_rows,
+    )
     from octavo.worker.draft_build import catch_up_rows
 
     draft_costs = measure_draft_costs(runner, memory)
     budget = DraftBudget(
-        CostModel(*measure_step_costs(runner, memory)),
-        None if draft_costs is None else CostModel(*draft_costs),
+        CostModel(*measure_step_costs(runner, memory), padded_rows(runner)),
+        None if draft_costs is None else CostModel(*draft_costs, padded_draft_rows(runner)),
         max_num_batched_tokens=config.max_num_batched_tokens,
         reserves_rows=config.pipeline_depth > 0,
         catch_up_rows=catch_up_rows(config),
@@ -338,13 +352,14 @@ def _batched_tokens(on_gpu: bool, deterministic: bool) -> int:
     return 128 if deterministic else 8192
 
 
-def _dtype(asked: str, checkpoint: str) -> str:
-    dtype = {"auto": checkpoint, "half": "float16"}.get(asked, asked)
+def _dtype(asked: str, checkpoint: str, machine: platform.Platform) -> str:
+    dtype = platform.choose_dtype(asked, checkpoint, machine)
     if dtype == "float16" and checkpoint == "bfloat16":
         logger.warning(
             "dtype=%s for a bfloat16 checkpoint: float16 overflows above 65504, which some bfloat16 models "
-            "reach; if the output is empty or wrong, use dtype=bfloat16",
+            "reach; if the output is empty or wrong, use dtype=%s",
             asked,
+            "bfloat16" if platform.has_bfloat16(machine) else "float32",
         )
     return dtype
 
@@ -356,7 +371,8 @@ def _attention_backend(asked: str) -> str:
     for name in ("OCTAVO_ATTENTION_BACKEND", "VLLM_ATTENTION_BACKEND"):
         value = os.environ.get(name)
         if value:
-            return value.lower()
+            ours = value.lower() in ATTENTION_BACKENDS
+            return check_attention_backend(value.lower() if ours else value, name)
     return "auto"
 
 

@@ -3,6 +3,7 @@
 `detect` gives a frozen description of the machine; every later decision (device, dtype, threads,
 memory plan) is made from it and can be tested by handing in another one.
 
+    backends      which attention, and which dtype, this hardware allows
     hardware      cores, memory, instruction sets, GPUs: what this process may use
     cgroup        the limits of containers and batch systems
     byte_code     that of packages which have none, kept between starts
@@ -16,6 +17,13 @@ memory plan) is made from it and can be tested by handing in another one.
 
 from __future__ import annotations
 
+from octavo.platform.backends import (
+    AttentionChoice,
+    choose_attention,
+    choose_dtype,
+    has_bfloat16,
+    why_not_triton,
+)
 from octavo.platform.bandwidth import memory_bandwidth_probe
 from octavo.platform.environment import cache_root, prepare_environment
 from octavo.platform.hardware import (
@@ -31,16 +39,21 @@ from octavo.platform.hardware import (
 from octavo.platform.report import describe
 
 __all__ = [
+    "AttentionChoice",
     "Gpu",
     "Platform",
     "cache_root",
+    "choose_attention",
+    "choose_dtype",
     "cpu_flags",
     "cpu_model",
     "describe",
     "detect",
     "gpu_memory",
+    "has_bfloat16",
     "memory",
     "memory_bandwidth_probe",
     "prepare_environment",
     "usable_cores",
+    "why_not_triton",
 ]

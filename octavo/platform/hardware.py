@@ -75,7 +75,8 @@ class Platform:
 def detect(device: str = "auto") -> Platform:
     """Describe this machine for the device asked for; "auto" takes a GPU where there is one.
 
-    Raises ConfigError for another device, or for "cuda" where torch finds no GPU.
+    Raises ConfigError for another device, for "cuda" where torch finds no GPU, and for a GPU that this torch
+    holds no code for.
     """
     if device not in DEVICES:
         raise ConfigError(f"device={device!r} is unknown; choose one of {', '.join(DEVICES)}.")
@@ -85,6 +86,9 @@ def detect(device: str = "auto") -> Platform:
             f"device='cuda' was asked for, but {_why_no_gpu()}.\n"
             "Use device='cpu' (or 'auto'), or make a GPU visible."
         )
+    for gpu in gpus:
+        if (reason := _why_no_code_for(gpu)) is not None:
+            raise ConfigError(f"{reason}.\nInstall a torch that was built for it, or use device='cpu'.")
     flags = cpu_flags()
     total, available = memory()
     return Platform(
@@ -170,6 +174,29 @@ def _gpus() -> tuple[Gpu, ...]:
         capability = (int(properties.major), int(properties.minor))
         found.append(Gpu(index, str(properties.name), capability, int(properties.total_memory)))
     return tuple(found)
+
+
+def _why_no_code_for(gpu: Gpu) -> str | None:
+    """Newer builds of torch leave older GPUs out, and each call would fail there; None: it has code."""
+    import torch
+
+    built_for = torch.cuda.get_arch_list()  # "sm_90": machine code, "compute_90": code that is compiled on
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
+        if not digits.isdigit():
+            return None  # no CUDA: its own names
+        major, minor = divmod(int(digits), 10)
+        if kind == "sm" and major == gpu.capability[0] and minor <= gpu.capability[1]:
+            return None
+        if kind == "compute" and (major, minor) <= gpu.capability:
+            return None
+    if not built_for:
+        return None
+    return (
+        f"this torch ({torch.__version__}) has no code for {gpu.name} (compute capability "
+        f"{gpu.capability[0]}.{gpu.capability[1]}), only for {', '.join(built_for)}"
+    )
 
 
 def _why_no_gpu() -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform as python_platform
 import re
 from typing import Any
 
 from octavo.errors import OctavoError
+from octavo.platform.backends import choose_attention
 from octavo.platform.byte_code import describe_byte_code
 from octavo.platform.environment import cache_root
-from octavo.platform.hardware import detect
+from octavo.platform.hardware import Platform, detect
 
 _PACKAGES = (
     "torch",
@@ -50,7 +52,11 @@ def describe() -> Report:
     Nothing in it raises: what cannot be found out is said in its place. Memory is in bytes.
     Variables whose names speak of tokens, keys or passwords are only said to be set.
     """
-    machine = detect()
+    try:
+        machine = detect()
+        gpu_kernels = _gpu_kernels(machine)
+    except OctavoError as error:  # a GPU that this torch has no code for
+        machine, gpu_kernels = detect("cpu"), f"not available: {error}"
     return Report(
         octavo=_octavo_version(),
         python=f"{python_platform.python_version()} ({python_platform.python_implementation()})",
@@ -68,6 +74,7 @@ def describe() -> Report:
             for gpu in machine.gpus
         ],
         driver=machine.driver,
+        gpu_kernels=gpu_kernels,
         cpu_kernels=_cpu_kernels(),
         cache=str(cache_root()),
         byte_code=describe_byte_code(),
@@ -84,6 +91,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu_kernels(machine: Platform) -> str | None:
+    if machine.device != "cuda":
+        return None
+    has_triton = importlib.util.find_spec("triton") is not None
+    chosen = choose_attention("auto", machine, has_triton)
+    return "Triton" if chosen.reason is None else f"torch's own, slower: {chosen.reason}"
 
 
 def _cpu_kernels() -> str:

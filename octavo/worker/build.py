@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from octavo.attention.backend import AttentionBackend
+from octavo.attention.backend import AttentionBackend, AttentionSpec
 from octavo.attention.cpu import CpuBackend
+from octavo.attention.sdpa_backend import SdpaBackend, scratch_bytes
 from octavo.attention.torch_backend import TorchBackend
 from octavo.config import EngineConfig, parse_size
 from octavo.errors import ConfigError
+from octavo.kernels import triton as triton_kernels
 from octavo.kernels.cpu.library import set_num_threads
 from octavo.layers.ops import Kernels, TorchOps
 from octavo.models.cpu_ops import choose_ops
 from octavo.models.registry import build_model
 from octavo.models.weights import Progress, load_weights
+from octavo.platform import AttentionChoice, choose_attention
 from octavo.sampling.batch import SamplingSlots
 from octavo.sampling.coins import CoinTable
 from octavo.sampling.cpu_draw import CpuDraw
+from octavo.sampling.device_draw import SCRATCH_BYTES, DeviceDraw
 from octavo.sampling.noise import Stream
 from octavo.sampling.sampler import DrawKernels, Sampler, TorchDraw
 from octavo.speculation.acceptance import Acceptance, RejectionAcceptance, SyntheticAcceptance
@@ -34,6 +38,8 @@ from octavo.worker.cuda_graph import StepBuffers
 from octavo.worker.draft_build import attention_specs, build_draft_model, draft_memory
 from octavo.worker.executor import Executor, InlineExecutor, ThreadExecutor
 from octavo.worker.gpu_build import (
+    CONTEXT,
+    GraphedNetwork,
     check_deterministic,
     check_gpu_is_free,
     gpu_draft_ops,
@@ -44,8 +50,8 @@ from octavo.worker.gpu_build import (
     gpu_steps,
     gpu_workspace,
     make_ready,
+    most_drafts,
     spare_the_collector,
-    why_not_triton,
 )
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
 from octavo.worker.kv_cache import (
@@ -57,8 +63,6 @@ from octavo.worker.kv_cache import (
 )
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.step_math import StepMath, TorchStep
-
-ATTENTION_BACKENDS = ("auto", "triton", "cpu", "torch")
 
 
 @dataclass(frozen=True)
@@ -77,40 +81,30 @@ class KernelChoice:
 def choose_kernels(config: EngineConfig) -> KernelChoice:
     """The fastest kernels this machine has for this dtype; the torch reference where there are none.
 
-    attention_backend="torch" asks for the reference everywhere. deterministic=True asks for kernels
-    whose rows do not depend on each other; raises ConfigError where there are none.
+    attention_backend="torch" asks for the reference everywhere, "sdpa" for torch's own kernels. With
+    deterministic=True kernels are needed whose rows do not depend on each other; raises ConfigError where
+    there are none.
     """
-    wanted, deterministic = config.attention_backend, config.args.deterministic
-    if wanted not in ATTENTION_BACKENDS:
-        raise ConfigError(
-            f"attention backend {wanted!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}"
-        )
-    reference = KernelChoice(TorchOps(), TorchBackend(), TorchDraw(), TorchStep)
-    on_gpu = config.platform.device != "cpu"
-    reason = why_not_triton(config) if on_gpu else "they run on a GPU only"
-    if wanted == "triton" and reason is not None:
-        raise ConfigError(f"attention backend 'triton' cannot be used: {reason}")
-    if on_gpu and wanted in ("auto", "triton") and reason is None:
+    asked, deterministic = config.attention_backend, config.args.deterministic
+    attention = choose_attention(asked, config.platform, triton_kernels.available())
+    if attention.name == "triton":
         chosen = gpu_kernels(config)
-        return KernelChoice(
-            chosen.ops, chosen.backend, chosen.draw, None, row_invariant=config.args.deterministic
-        )
-    if on_gpu or wanted == "torch":
-        if wanted == "cpu":
-            raise ConfigError("attention backend 'cpu' runs on a CPU only; here: auto, triton or torch")
+        return KernelChoice(chosen.ops, chosen.backend, chosen.draw, None, row_invariant=deterministic)
+    if attention.name != "cpu":
         if deterministic:
+            way = "Leave attention_backend at auto"
+            if attention.reason is not None:
+                way = f"They do not run here: {attention.reason}. Use device='cpu'"
             raise ConfigError(
                 "deterministic=True needs Octavo's own kernels: plain torch gives a row other bits when "
-                "other rows run beside it. Leave attention_backend at auto"
+                f"other rows run beside it. {way}"
             )
-        if wanted == "torch":
-            return reference
-        return replace(reference, notes=(f"Octavo's Triton kernels are not used: {reason}",))
+        return _in_torch(attention, config.platform.device)
     ops, choice = choose_ops(torch_dtype(config.dtype), "octavo" if deterministic else None)
     if choice.library is None or choice.name == "torch":
-        if wanted == "cpu":
-            raise ConfigError(f"attention backend 'cpu' is not available: {choice.reason}")
-        return replace(reference, notes=(choice.reason,))
+        if asked == "cpu":
+            raise ConfigError(f"attention_backend='cpu' is not available: {choice.reason}")
+        return KernelChoice(TorchOps(), TorchBackend(), TorchDraw(), TorchStep, notes=(choice.reason,))
     set_num_threads(config.platform.threads)
     return KernelChoice(
         ops,
@@ -119,6 +113,19 @@ def choose_kernels(config: EngineConfig) -> KernelChoice:
         CpuStep,
         row_invariant=choice.name == "octavo",
     )
+
+
+def _in_torch(attention: AttentionChoice, device: str) -> KernelChoice:
+    """Torch for everything, on any device."""
+    backend = TorchBackend() if attention.name == "torch" else SdpaBackend()
+    draw = TorchDraw() if attention.name == "torch" or device == "cpu" else DeviceDraw()
+    notes: tuple[str, ...] = ()
+    if attention.reason is not None:
+        notes = (
+            f"Octavo's Triton kernels are not used: {attention.reason}. Torch's own kernels run instead, "
+            "several times as slow",
+        )
+    return KernelChoice(TorchOps(), backend, draw, TorchStep, notes)
 
 
 def plan_worker(config: EngineConfig, kernels: KernelChoice) -> MemoryPlan:
@@ -142,6 +149,8 @@ def plan_worker(config: EngineConfig, kernels: KernelChoice) -> MemoryPlan:
     activations = rows * widest * 4 + 2 * seqs * model.vocab_size * 4
     if kernels.steps is None:
         activations = gpu_workspace(config, longest)
+    elif on_gpu:
+        activations = _torch_workspace(config, specs, longest)
     asked = MemoryRequest(
         device=machine.device,
         budget=budget,
@@ -162,6 +171,19 @@ def plan_worker(config: EngineConfig, kernels: KernelChoice) -> MemoryPlan:
     return plan_memory(asked)
 
 
+def _torch_workspace(config: EngineConfig, specs: Sequence[AttentionSpec], longest: int) -> int:
+    """Bytes that a GPU holds beside weights, KV cache and slots where torch does it all; an upper bound."""
+    model, rows, itemsize = config.model, config.max_num_batched_tokens, torch_dtype(config.dtype).itemsize
+    q_and_kv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    # The norms go through float32, nothing works in place.
+    a_row = 24 * model.hidden_size + 4 * max(model.intermediate_size, q_and_kv) * itemsize
+    sampled = min(rows, config.max_num_seqs * (1 + most_drafts(config)))
+    logits = 3 * sampled * model.vocab_size * 4  # what is drawn from, and log-probabilities
+    logits += SCRATCH_BYTES
+    rotary = longest * model.head_dim * 4
+    return CONTEXT + rows * a_row + logits + rotary + max(scratch_bytes(s, longest, itemsize) for s in specs)
+
+
 def start_executor(runner: ModelRunner, pipeline_depth: int) -> Executor:
     """The executor of a pipeline depth. A GPU is a thread of its own: launches return at once there."""
     if pipeline_depth and runner.state.device.type == "cpu":
@@ -180,7 +202,7 @@ def measure_step_costs(runner: ModelRunner, plan: MemoryPlan) -> tuple[list[tupl
     )  # fmt: skip
     if runner.state.device.type == "cuda":
         sizes += tuple((rows, 1) for rows in (96, 128, 192, 256, 320, 384, 512))
-        sizes = _twice(sizes)
+        sizes = _twice(tuple((rows, 1) for rows in padded_rows(runner)) or sizes)
     table = _time_passes(runner.time_rows, sizes)
     asked = plan.request
     bytes_per_second = asked.weights / table[0][1]
@@ -199,11 +221,25 @@ def measure_draft_costs(
     )  # fmt: skip
     if runner.state.device.type == "cuda":
         # whether drafts pay hangs on what it costs to catch up with a prompt
-        sizes += (512, 1), (1024, 1), (2048, 1), (4096, 1)
+        sizes += tuple((rows, 1) for rows in (512, 640, 1024, 1280, 2048, 4096))
         sizes = tuple(size for size in _twice(sizes) if size[0] <= model.catch_up_rows)
     table = _time_passes(model.time_rows, sizes)
     bytes_per_second = draft.weights / table[0][1]
     return table, draft.block_bytes / plan.request.block_size / bytes_per_second
+
+
+def padded_rows(runner: ModelRunner) -> tuple[int, ...]:
+    """The numbers of rows that steps without a chunk are padded to, as they are graphs; empty: to none."""
+    graphs = runner.graphs
+    return () if graphs is None else tuple(sorted({*graphs.sizes.short, *graphs.sizes.verify}))
+
+
+def padded_draft_rows(runner: ModelRunner) -> tuple[int, ...]:
+    """The same of the draft model's passes, those that catch up with a prompt among them."""
+    network = None if runner.draft_model is None else runner.draft_model.network
+    if not isinstance(network, GraphedNetwork):
+        return ()
+    return tuple(sorted({*network.graphs.sizes.short, *network.graphs.sizes.chunks}))
 
 
 def _twice(sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -278,6 +314,9 @@ def build_runner(
     )  # fmt: skip
     if kernels.steps is None:
         make_ready(config, runner, sampler, plan)
+    elif device.type == "cuda":  # libraries load their kernels at the first call
+        for rows in (1, config.max_num_seqs):
+            runner.time_rows(rows)
     return runner
 
 

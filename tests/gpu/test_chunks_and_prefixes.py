@@ -23,6 +23,7 @@ if torch.cuda.get_device_capability()[0] < 9:
 from octavo.attention.triton_backend import TritonBackend  # noqa: E402
 from octavo.kernels.triton import attention, prompt, shared  # noqa: E402
 from tests.gpu.test_kernels import attention_case, on_device  # noqa: E402
+from tests.gpu_report import Record, kind_of  # noqa: E402
 
 DEVICE = torch.device("cuda")
 ORACLE = TorchBackend()
@@ -32,7 +33,7 @@ ORACLE = TorchBackend()
     "spec", [AttentionSpec(32, 8, 128, 128**-0.5), AttentionSpec(14, 2, 64, 0.125)], ids=["8B", "head 64"]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_chunks(spec: AttentionSpec, dtype: torch.dtype) -> None:
+def test_long_chunks(spec: AttentionSpec, dtype: torch.dtype, record: Record) -> None:
     torch.manual_seed(5)
     contexts, rows = [1000, 2700, 300, 1999], [1000, 700, 300, 256]  # two whole, two continued
     meta, total = attention_case(spec, contexts, rows, 500, 0)
@@ -51,11 +52,12 @@ def test_long_chunks(spec: AttentionSpec, dtype: torch.dtype) -> None:
     prompt.attend(query.contiguous(), qkv.flatten(1), cache, out, meta, spec, prompt.plan(meta))
     expected = ORACLE.attend(query.float(), cache.float().transpose(2, 3), meta, spec)
     error = float((out.flatten(1).float() - expected).norm() / expected.norm())
+    record(f"attention of long chunks, {kind_of(dtype)}", error)
     assert error < (6e-3 if dtype == torch.bfloat16 else 1e-3), error
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (16, 8), (12, 12)])
-def test_shared_prefixes(heads: tuple[int, int]) -> None:
+def test_shared_prefixes(heads: tuple[int, int], record: Record) -> None:
     torch.manual_seed(6)
     spec = AttentionSpec(*heads, 128, 128**-0.5)
     contexts, rows = [1100 + 7 * i for i in range(30)], [1 + i % 3 for i in range(30)]
@@ -79,4 +81,6 @@ def test_shared_prefixes(heads: tuple[int, int]) -> None:
     buffers.share(found)
     sharing = buffers.metadata(total, 30, 3, meta.max_seq_len, shares=True)
     got = TritonBackend().attend(query, cache, replace(meta, shared=sharing.shared), spec)
-    assert float((got.float() - expected).norm() / expected.norm()) < 6e-3
+    error = float((got.float() - expected).norm() / expected.norm())
+    record("attention with shared prefixes, bfloat16", error)
+    assert error < 6e-3

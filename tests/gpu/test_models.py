@@ -13,6 +13,7 @@ from octavo.kernels import triton as triton_kernels
 from octavo.layers.ops import TorchOps
 from tests.checkpoints import make_checkpoint
 from tests.gpu.on_device import load, run
+from tests.gpu_report import Record, kind_of
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available() or not triton_kernels.available():
@@ -62,7 +63,7 @@ def fitting(steps: Any, longest: int) -> Any:
 
 @pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_step_as_plain_torch(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_step_as_plain_torch(name: str, dtype: torch.dtype, tmp_path: Path, record: Record) -> None:
     architecture, options = CASES[name]
     folder = make_checkpoint(tmp_path / "m", architecture, **options)
     longest = 800 if "max_position_embeddings" in options else 110
@@ -76,6 +77,8 @@ def test_every_step_as_plain_torch(name: str, dtype: torch.dtype, tmp_path: Path
         got = ours.step(rows, padding)
         norm = expected.norm()
         error, allowed = float((got - expected).norm() / norm), float((theirs - expected).norm() / norm)
+        record(f"logits of whole models, {kind_of(dtype)}", error)
+        record(f"logits of whole models by plain torch, {kind_of(dtype)}", allowed)
         assert error < (1e-5 if dtype == torch.float32 else 1.5 * allowed + 2e-3), (rows, error, allowed)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from octavo.kernels import triton as triton_kernels
+from tests.gpu_report import Record
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available() or not triton_kernels.available():
@@ -86,7 +87,7 @@ with torch.inference_mode():
 """
 
 
-def test_as_the_separate_kernels() -> None:
+def test_as_the_separate_kernels(record: Record) -> None:
     """Up to what bf16 rounds; the same bits each time; and padding stores nothing."""
     child = subprocess.run(
         [sys.executable, "-c", _COMPARED],
@@ -96,6 +97,7 @@ def test_as_the_separate_kernels() -> None:
     *lines, padding, others = [json.loads(line) for line in child.stdout.splitlines()]
     assert [line[0] for line in lines] == [1, 2, 33, 65, 513, 768, 1500, 4000]
     for context, error, keys, again in lines:
+        record("one kernel for all layers, bfloat16", error)
         assert error < 0.04, context  # bf16 rounds to 0.004 a time, and random weights keep it all
         assert keys < 0.01, context
         assert again, context

@@ -95,7 +95,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 # The reference takes its time, and most ways differ in the brain alone.
-RUNS = [(way, "auto") for way in WAYS] + [("together", "torch"), ("all-at-once", "torch")]
+RUNS = [(way, "auto") for way in WAYS]
+RUNS += [(way, backend) for way in ("together", "all-at-once") for backend in ("torch", "sdpa")]
 
 
 @pytest.mark.parametrize(("way", "backend"), RUNS)
