@@ -90,9 +90,7 @@ class Shape:
 
             return chunks
         plans = plans_of(meta, spec, block_size=BLOCK_SIZE)
-        scratch = Scratch.allocate(
-            meta.num_tokens, meta.max_seq_len, spec, 4 * meta.num_tokens + 4, self.q.device
-        )
+        scratch = Scratch.allocate(meta.num_tokens, meta.max_seq_len, spec, self.q.device)
 
         def few() -> None:
             for index, cache in enumerate(self.caches):
@@ -135,8 +133,9 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="qwen3-8b")
     arguments = parser.parse_args()
     config = MODELS[arguments.model]
-    shapes = [([640] * n, 1, 16) for n in (1, 16, 64, 256)] + [([8192] * n, 1, 8) for n in (1, 16)]
-    shapes += [([640] * n, 6, 16) for n in (1, 16, 64)]
+    shapes = [([640] * n, 1, 16) for n in (1, 16, 64, 256)] + [([8192] * n, 1, 8) for n in (1, 4, 16)]
+    shapes += [([2048], 1, 16), ([32768], 1, 4), ([32768, *[640] * 15], 1, 8)]
+    shapes += [([640] * n, 6, 16) for n in (1, 16, 64)] + [([8192] * n, 6, 8) for n in (1, 4)]
     shapes += [([4000] * 2, 4000, 4), ([512] * 16, 512, 4), ([8192], 2048, 4)]
     for lengths, rows, copies in shapes:
         shape = Shape(config, lengths, rows, copies)

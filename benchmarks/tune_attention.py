@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Cut(NamedTuple):
     block_q: int
     stages: int
     registers: int | None
-    parts: int
+    extra: int
 
 
 def cuts(rows: int, kv_heads: int) -> list[Cut]:
@@ -42,10 +43,10 @@ def cuts(rows: int, kv_heads: int) -> list[Cut]:
     for block_q, stages, registers in itertools.product((8, 16, 32), (2, 3, 4, 5), (None, 128)):
         if (block_q > 8 and (stages > 3 or registers)) or (registers and stages > 2):
             continue
-        for parts in (1, 2, 4, 8, 16):
-            programs = rows * kv_heads * parts
-            if 60 <= programs <= 2200 or (rows == 1 and parts == 16):
-                found.append(Cut(block_q, stages, registers, parts))
+        for programs in (0, 128, 256, 384, 512):
+            extra = max(0, programs // kv_heads - rows)
+            if not programs or extra:
+                found.append(Cut(block_q, stages, registers, extra))
     return found
 
 
@@ -59,7 +60,7 @@ class Bench:
             config["head_dim"],
         )
         self.spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
-        self.meta = decode_batch(rows, context)
+        self.meta = replace(decode_batch(rows, context), max_seq_len=context)
         shape = (self.meta.block_table.numel(), 2, kv_heads, BLOCK_SIZE, dim)
         self.caches = [torch.randn(shape, device="cuda").bfloat16() for _ in range(copies)]
         self.q = torch.randn(rows, heads, dim, device="cuda").bfloat16()
@@ -68,16 +69,10 @@ class Bench:
     def all(self, cut: Cut) -> Callable[[], None]:
         """The chain that is timed."""
         tiling = QueryTiling(cut.block_q, cut.stages, registers=cut.registers)
-        scratch = Scratch.allocate(
-            self.meta.num_tokens,
-            self.meta.max_seq_len,
-            self.spec,
-            4 * self.meta.num_tokens + 4,
-            self.q.device,
-        )
+        scratch = Scratch.allocate(self.meta.num_tokens, self.meta.max_seq_len, self.spec, self.q.device)
 
         def work() -> None:
-            plan = attention.plan(self.meta, self.spec, tiling, cut.parts, block_size=BLOCK_SIZE)
+            plan = attention.plan(self.meta, self.spec, tiling, cut.extra, block_size=BLOCK_SIZE)
             attention.attend(self.q, self.caches[0], self.out, self.meta, self.spec, plan, scratch, False)
             for cache in self.caches[1:]:
                 attention.attend(self.q, cache, self.out, self.meta, self.spec, plan, scratch, True)
@@ -131,8 +126,8 @@ def main() -> None:
                 continue
             results.append((took, cut))
         results.sort(key=lambda result: result[0])
-        tiling, parts = narrow_tiling(rows, 1, bench.spec)
-        now = Cut(tiling.block_q, tiling.stages, tiling.registers, parts)
+        tiling, extra = narrow_tiling(rows, 1, bench.spec)
+        now = Cut(tiling.block_q, tiling.stages, tiling.registers, extra)
         for took, cut in results[: arguments.show] + [pair for pair in results if pair[1] == now]:
             print(
                 json.dumps({

@@ -52,11 +52,10 @@ class TritonBackend:
         output = torch.zeros_like(query)
         plans = plans_of(metadata, spec, query.dtype, self._one_tiling)
         scratch = None
-        if any(plan.parts > 1 for plan in plans):
+        if any(plan.extra > 0 for plan in plans):
             scratch = attention.Scratch.allocate(
-                metadata.num_tokens, metadata.max_seq_len, spec, max(len(plan.tiles) for plan in plans),
-                query.device,
-            )  # fmt: skip
+                metadata.num_tokens, metadata.max_seq_len, spec, query.device
+            )
         prefixes = None
         if metadata.shared is not None:
             prefixes = shared.SharedScratch.allocate(metadata.num_tokens, spec, query.device)

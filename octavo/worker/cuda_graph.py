@@ -4,9 +4,11 @@ A graph holds any mix of rows: attention is ragged and reads everything on the d
 the same buffers, `StepBuffers`. Whoever prepares a step writes it there, padded to the size of its
 graph, and the graph is replayed; a step prepared elsewhere is copied in first.
 
-There are three kinds of graphs. In one every request has few rows, as in decoding and verifying. Another
-also holds chunks of prompts, for which attention takes a second launch a layer; the third reads prefixes
-that requests share once for all of them, which takes another launch too. There are fewer sizes of those.
+There are four kinds of graphs. In one every request has a row or two, as in decoding. Where drafts are made,
+another is for steps that verify them: its attention packs the rows of a request together, which would be
+slower for one row each. The third also holds chunks of prompts, for which attention takes a second launch a
+layer; the last reads prefixes that requests share once for all of them, which takes another launch too.
+There are fewer sizes of those.
 
 All graphs share one memory pool; the largest is captured first, so that the others fit into its
 memory. What a graph returns lives in that pool until the next replay of any graph.
@@ -17,7 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,9 +36,15 @@ Forward = Callable[[torch.Tensor, AttentionMetadata], torch.Tensor]
 SHORT_ROWS = 16
 _CHUNK_SIZES = (32, 64, 128, 256, 384)  # padded rows of steps with a chunk, below the largest
 _SHARED_SIZES = (16, 32, 64, 128, 256)  # padded rows of steps whose requests share prefixes
-# With a draft model there are two sets of graphs. Padding rows of these steps cost next to nothing.
+# Where drafts are made there are more kinds, and perhaps those of a draft model, so each has fewer sizes:
+# those behind which a step takes longer, as measured. Padding rows read no KV, and products are cut for
+# powers of two up to 64 rows, and nearly so up to 128.
 _FEWER_CHUNK_SIZES = (64, 128, 256)
 _FEWER_SHARED_SIZES = (16, 64, 256)
+_DECODE_SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 96, 128, 160, 192, 256)
+_VERIFY_SIZES = (4, 6, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+# A draft model's chunks: a prompt or two of those who join. Longer ones hide their launches.
+_CATCH_UP_SIZES = (640, 1280)
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -50,6 +58,16 @@ def graph_sizes(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
+class GraphKey(NamedTuple):
+    """What tells one graph from another."""
+
+    rows: int
+    has_chunk: bool  # a request may have more than SHORT_ROWS rows
+    shares: bool = False  # prefixes may be shared
+    is_long: bool = False  # of one row: for contexts that its other graph is not for
+    verifies: bool = False  # requests have several rows as a rule, where others have one or two
+
+
 @dataclass(frozen=True, slots=True)
 class GraphSizes:
     """The padded numbers of rows there are graphs for, ascending."""
@@ -57,6 +75,8 @@ class GraphSizes:
     short: tuple[int, ...]  # of steps without a chunk
     chunks: tuple[int, ...]  # of steps in which a request has more than SHORT_ROWS rows
     shared: tuple[int, ...] = ()  # of steps without a chunk whose requests share prefixes
+    verify: tuple[int, ...] = ()  # of short steps in which a request has more than `most_decoded` rows
+    most_decoded: int = SHORT_ROWS
 
     @classmethod
     def up_to(cls, most: int, shares: bool = False) -> GraphSizes:
@@ -67,22 +87,33 @@ class GraphSizes:
         return cls(sizes.short, sizes.chunks, tuple(size for size in _SHARED_SIZES if size <= most))
 
     @classmethod
-    def beside_a_draft_model(cls, most: int, shares: bool = False) -> GraphSizes:
-        """The same with fewer of those with a chunk or a shared prefix: the draft model has graphs too."""
+    def with_drafts(cls, most: int, requests: int, most_decoded: int, shares: bool = False) -> GraphSizes:
+        """The same with two kinds of short steps, of up to `requests` requests, and fewer of the others.
+
+        Steps in which a request has more than `most_decoded` rows are those that verify.
+        """
         whole = cls.up_to(most, shares)
         chunks = tuple(size for size in whole.chunks if size in (*_FEWER_CHUNK_SIZES, most))
-        return cls(whole.short, chunks, tuple(size for size in whole.shared if size in _FEWER_SHARED_SIZES))
+        decoding = min(most, requests, _DECODE_SIZES[-1])
+        return cls(
+            _below(_DECODE_SIZES, decoding),
+            chunks,
+            tuple(size for size in whole.shared if size in _FEWER_SHARED_SIZES),
+            _below(_VERIFY_SIZES, most),
+            most_decoded,
+        )
 
     @classmethod
     def of_a_draft_model(cls, most: int, catch_up: int) -> GraphSizes:
-        """Passes of up to `most` rows, each size twice the one before; one for chunks of up to `catch_up`.
+        """Passes of up to `most` rows, each size twice the one before; a few for chunks of up to `catch_up`.
 
         A padding row of a small model reads no KV, and products are cut for powers of two anyway.
         """
         short = [1]
         while 2 * short[-1] < most:
             short.append(2 * short[-1])
-        return cls(tuple(sorted({*short, most})), (catch_up,) if catch_up > SHORT_ROWS else ())
+        chunks = _below(_CATCH_UP_SIZES, min(catch_up, _CATCH_UP_SIZES[-1]))
+        return cls(tuple(sorted({*short, most})), chunks if catch_up > SHORT_ROWS else ())
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> GraphSizes:
@@ -93,15 +124,48 @@ class GraphSizes:
     def with_chunks(self, most: int) -> GraphSizes:
         """The same, and chunks in steps of up to `most` rows."""
         chunks = {size for size in (*_CHUNK_SIZES, most) if SHORT_ROWS < size <= most}
-        return GraphSizes(self.short, tuple(sorted(chunks.union(self.chunks))), self.shared)
+        return replace(self, chunks=tuple(sorted(chunks.union(self.chunks))))
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest step without a chunk."""
+        return max(*self.short, *self.verify)
+
+    @property
+    def keys(self) -> list[GraphKey]:
+        """All graphs of these sizes."""
+        return [
+            *(GraphKey(size, False) for size in self.short),
+            *(GraphKey(size, False, verifies=True) for size in self.verify),
+            *(GraphKey(size, True) for size in self.chunks),
+            *(GraphKey(size, False, True) for size in self.shared),
+        ]
+
+    def graph_for(self, num_tokens: int, longest: int = 1, shares: bool = False) -> GraphKey | None:
+        """The graph of a step whose longest request has `longest` rows; None: none is that large."""
+        has_chunk = longest > SHORT_ROWS
+        if shares:
+            sizes = () if has_chunk else self.shared
+        elif has_chunk:
+            sizes = self.chunks
+        elif self.verify and (longest > self.most_decoded or num_tokens > self.short[-1]):
+            sizes = self.verify
+        else:
+            sizes = self.short
+        index = bisect_left(sizes, num_tokens)
+        if index == len(sizes):
+            return None
+        return GraphKey(sizes[index], has_chunk, shares, verifies=sizes is self.verify)
 
     def padded(self, num_tokens: int, longest: int = 1, shares: bool = False) -> int | None:
-        """Rows that a step is padded to whose longest request has `longest`; None: no graph is that large."""
-        sizes = self.short if longest <= SHORT_ROWS else self.chunks
-        if shares:
-            sizes = self.shared if longest <= SHORT_ROWS else ()
-        index = bisect_left(sizes, num_tokens)
-        return sizes[index] if index < len(sizes) else None
+        """Rows that such a step is padded to; None: no graph is that large."""
+        key = self.graph_for(num_tokens, longest, shares)
+        return None if key is None else key.rows
+
+
+def _below(sizes: Sequence[int], most: int) -> tuple[int, ...]:
+    """Those of the sizes that are below `most`, and that."""
+    return (*(size for size in sizes if size < most), most)
 
 
 @dataclass(slots=True)
@@ -119,7 +183,7 @@ class StepBuffers:
     prefix_rows: torch.Tensor  # [tiles * rows of a tile] int32
     prefix_tiles: torch.Tensor  # [tiles, 2] int32
     tile_rows: int  # rows of a tile
-    usual_query_len: int = 1  # rows that a request has as a rule
+    usual_query_len: int = 1  # rows that a request has as a rule, in steps that may verify
     groups: Grouping | None = None  # what the three hold that are SharedPrefixes'
 
     @classmethod
@@ -134,7 +198,7 @@ class StepBuffers:
         """Empty steps: no row belongs to a request. `block_table` is read where it is.
 
         `tile_rows`: rows of a tile of shared prefixes; 0: there will be none. `usual_query_len`: rows that a
-        request has as a rule; a graph, which knows no better, packs query tiles for so many.
+        request has as a rule; a graph that may verify packs query tiles for so many.
         """
         device = block_table.device
         tiles = num_tiles(min(rows, _SHARED_SIZES[-1]), tile_rows) if tile_rows else 0
@@ -154,9 +218,18 @@ class StepBuffers:
         )
 
     def metadata(
-        self, rows: int, requests: int, longest: int, max_seq_len: int, shares: bool = False
+        self,
+        rows: int,
+        requests: int,
+        longest: int,
+        max_seq_len: int,
+        shares: bool = False,
+        usual_query_len: int | None = None,
     ) -> AttentionMetadata:
-        """A step of so many rows and at most so many requests, the longest of which has `longest` rows."""
+        """A step of so many rows and at most so many requests, the longest of which has `longest` rows.
+
+        `usual_query_len`: rows that a request has as a rule, if not the buffers' own number.
+        """
         requests = min(requests, len(self.seq_lens))
         shared = None
         if shares:
@@ -177,7 +250,7 @@ class StepBuffers:
             max_query_len=longest,
             max_seq_len=max_seq_len,
             table_rows=self.table_rows[:requests],
-            usual_query_len=self.usual_query_len,
+            usual_query_len=usual_query_len or self.usual_query_len,
             shared=shared,
         )
 
@@ -223,15 +296,6 @@ class StepBuffers:
             return
         self.block_table[:requests, : step.block_table.shape[1]] = step.block_table[:requests]
         torch.arange(requests, out=self.table_rows[:requests])
-
-
-class GraphKey(NamedTuple):
-    """What tells one graph from another."""
-
-    rows: int
-    has_chunk: bool  # a request may have more than SHORT_ROWS rows
-    shares: bool = False  # prefixes may be shared
-    is_long: bool = False  # of one row: for contexts that its other graph is not for
 
 
 class StepTail(Protocol):
@@ -291,11 +355,10 @@ class CudaGraphs:
     @property
     def keys(self) -> list[GraphKey]:
         """All graphs, the largest first."""
-        short = [GraphKey(size, False) for size in self.sizes.short]
-        shared = [GraphKey(size, False, True) for size in self.sizes.shared]
-        if 1 in self.sizes.short and self.one_row(self._max_seq_len) not in short:
-            short.append(self.one_row(self._max_seq_len))
-        return sorted(short + shared + [GraphKey(size, True) for size in self.sizes.chunks], reverse=True)
+        found = self.sizes.keys
+        if 1 in self.sizes.short and self.one_row(self._max_seq_len) not in found:
+            found.append(self.one_row(self._max_seq_len))
+        return sorted(found, reverse=True)
 
     def one_row(self, context: int) -> GraphKey:
         """The graph of one row whose context has at most so many tokens."""
@@ -328,10 +391,11 @@ class CudaGraphs:
 
     def _work_of(self, key: GraphKey) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """What a graph holds, of a step in which no request has a row."""
-        rows, has_chunk, shares, is_long = key
+        rows, has_chunk, shares, is_long, verifies = key
         longest = rows if has_chunk else min(rows, SHORT_ROWS)
         context = self._max_seq_len if rows > 1 or is_long else self._one_row_context
-        metadata = self.buffers.metadata(rows, rows, longest, context, shares)
+        decodes = bool(self.sizes.verify) and not (has_chunk or shares or verifies)
+        metadata = self.buffers.metadata(rows, rows, longest, context, shares, 1 if decodes else None)
         ids = self.buffers.input_ids[:rows]
         self.buffers.clear()
         tail = self._tail if self._tail is not None and self._tail.covers(key) else None
@@ -367,7 +431,7 @@ class CudaGraphs:
         Raises KeyError if the step's size was not captured.
         """
         key = self._key_of(step)
-        if key not in self._graphs:
+        if key is None or key not in self._graphs:
             raise KeyError(f"no graph for a step of {step.num_tokens} rows")
         graph, hidden, logits = self._graphs[key]
         assert logits is None, "this graph prepares its own step: run it"
@@ -380,15 +444,13 @@ class CudaGraphs:
 
     def replays(self, step: AttentionMetadata) -> bool:
         """True if `replay` has a graph for this step."""
-        found = self._graphs.get(self._key_of(step))
+        key = self._key_of(step)
+        found = None if key is None else self._graphs.get(key)
         return found is not None and found.logits is None
 
-    def _key_of(self, step: AttentionMetadata) -> GraphKey:
-        shares = step.shared is not None
-        rows = self.sizes.padded(step.num_tokens, step.max_query_len, shares)
-        if rows == 1 and not shares:
-            return self.one_row(step.max_seq_len)
-        return GraphKey(rows or 0, step.max_query_len > SHORT_ROWS, shares)
+    def _key_of(self, step: AttentionMetadata) -> GraphKey | None:
+        key = self.sizes.graph_for(step.num_tokens, step.max_query_len, step.shared is not None)
+        return self.one_row(step.max_seq_len) if key == GraphKey(1, False) else key
 
     def has(self, key: GraphKey) -> bool:
         """True if it is captured."""

@@ -24,7 +24,7 @@ from octavo.worker.step_math import StepMath
 # Rows in which the draft model catches up in one step. On a GPU 4096 of a small model take about as long
 # as a few decode steps of a large one, and a prompt that is caught up slowly goes without drafts longer.
 _CPU_CATCH_UP_ROWS = 256
-_GPU_CATCH_UP_ROWS = 4096
+_GPU_CATCH_UP_ROWS = 8192
 
 
 def catch_up_rows(config: EngineConfig) -> int:

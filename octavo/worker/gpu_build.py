@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from octavo import platform
 from octavo.attention.backend import AttentionMetadata, ForwardContext
 from octavo.attention.triton_backend import TritonBackend
 from octavo.config import EngineConfig
@@ -21,7 +22,6 @@ from octavo.errors import ConfigError, InsufficientMemoryError
 from octavo.kernels import triton as triton_kernels
 from octavo.layers.ops import Kernels
 from octavo.models.decoder import CausalLM
-from octavo.platform import gpu_memory
 from octavo.sampling.batch import SamplingSlots
 from octavo.sampling.sampler import DrawKernels, Sampler
 from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance
@@ -36,6 +36,7 @@ from octavo.worker.warm_up import warm_up
 
 if TYPE_CHECKING:
     # they import Triton
+    from octavo.kernels.triton.decoder import FusedDecoder
     from octavo.kernels.triton.step import SlotDraws
     from octavo.worker.gpu_draft_passes import GpuDraftPasses
     from octavo.worker.model_runner import ModelRunner
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 GRAPH_ROWS = 512  # steps of more rows hide their launches behind matrices
 DETERMINISTIC_ROWS = 128  # up to so many rows one family of kernels computes every row alike
-LEAST_CAPABILITY = (8, 0)  # of the matrix units that the kernels are written for
+NARROWEST_TILE = 8  # rows and heads that attention packs into one product, at least
+# Rows of a request that graphs which verify pack together. Where it has more they take two tiles, which read
+# the same keys and values at the same time; wider tiles would be slower where it has fewer.
+VERIFY_ROWS = 4
 
 MIB, GIB = 1 << 20, 1 << 30
 # The driver's context, the modules of kernels and the libraries' workspaces. On an H200 the context alone
@@ -62,15 +66,7 @@ class GpuKernels:
 
 def why_not_triton(config: EngineConfig) -> str | None:
     """Why the Triton kernels do not run here; None if they do."""
-    if config.platform.device != "cuda":
-        return "they run on a GPU only"
-    if not triton_kernels.available():
-        return "the package triton is not installed"
-    gpu = config.platform.gpu
-    assert gpu is not None
-    if gpu.capability < LEAST_CAPABILITY:
-        return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, and they need 8.0"
-    return None
+    return platform.why_not_triton(config.platform, triton_kernels.available())
 
 
 def gpu_kernels(config: EngineConfig) -> GpuKernels:
@@ -125,7 +121,7 @@ def explained_out_of_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         release_memory()
-        free, total = gpu_memory() if torch.cuda.is_available() else (0, 0)
+        free, total = platform.gpu_memory() if torch.cuda.is_available() else (0, 0)
         raise InsufficientMemoryError(
             "the GPU ran out of memory while the engine started "
             f"({free / GIB:.1f} of {total / GIB:.1f} GiB are free now): {str(error).splitlines()[0]}\n"
@@ -156,7 +152,7 @@ def check_gpu_is_free(budget: int, share: float) -> None:
     """Raise InsufficientMemoryError if others hold so much of the GPU that `budget` bytes are not left."""
     if not torch.cuda.is_available():  # planning for another machine
         return
-    free, total = gpu_memory()
+    free, total = platform.gpu_memory()
     left = free + min(total - free, CONTEXT)  # what this process holds already is its own
     if budget > left:
         possible = max(0.0, left / total - 0.005)
@@ -170,15 +166,16 @@ def check_gpu_is_free(budget: int, share: float) -> None:
 def graph_sizes_of(config: EngineConfig) -> GraphSizes:
     """The sizes that graphs are captured for."""
     most, shares = min(GRAPH_ROWS, config.max_num_batched_tokens), shares_prefixes(config)
-    if config.draft is not None:
-        return GraphSizes.beside_a_draft_model(most, shares)
-    return GraphSizes.up_to(most, shares)
+    tile = max(1, NARROWEST_TILE * config.model.num_kv_heads // config.model.num_heads)
+    if config.draft is None and 1 + most_drafts(config) <= tile:
+        return GraphSizes.up_to(most, shares)
+    return GraphSizes.with_drafts(most, config.max_num_seqs, tile, shares)
 
 
 def draft_graph_sizes_of(config: EngineConfig) -> GraphSizes:
     """The same for the draft model: however few draft, each has its prompt to catch up."""
-    catch_up = min(GRAPH_ROWS, config.max_num_batched_tokens)
-    return GraphSizes.of_a_draft_model(min(GRAPH_ROWS, 2 * config.max_num_seqs), catch_up)
+    rows = 2 * config.max_num_seqs
+    return GraphSizes.of_a_draft_model(min(GRAPH_ROWS, rows), config.max_num_batched_tokens + rows)
 
 
 def shares_prefixes(config: EngineConfig) -> bool:
@@ -192,7 +189,7 @@ def gpu_steps(config: EngineConfig, state: DeviceState) -> tuple[StepMath, StepB
     from octavo.worker.gpu_step import GpuStep
 
     rows, requests = config.max_num_batched_tokens, state.num_slots
-    usual = 1 + _most_drafts(config)
+    usual = min(1 + most_drafts(config), VERIFY_ROWS)
     if not shares_prefixes(config):
         buffers = StepBuffers.allocate(rows, requests, state.block_table, usual_query_len=usual)
         return GpuStep(state, buffers, graph_sizes_of(config)), buffers
@@ -280,16 +277,21 @@ def make_ready(config: EngineConfig, runner: ModelRunner, sampler: Sampler, plan
         compile_what_is_missing(config, launch_all)
         for each in graphs:
             each.capture_all()
+        for model in models:
+            decoder = _fused_decoder(model)
+            if decoder is not None:
+                decoder.load_products(config.max_num_batched_tokens)
     launch_the_rest(reads=True)
 
 
 def whole_step_rows(config: EngineConfig) -> int:
     """Rows of the largest graph that ends with tokens: one for each row there may be to draw."""
     sizes = graph_sizes_of(config)
-    return sizes.padded(config.max_num_seqs * (1 + _most_drafts(config))) or sizes.short[-1]
+    return sizes.padded(config.max_num_seqs * (1 + most_drafts(config))) or sizes.largest
 
 
-def _most_drafts(config: EngineConfig) -> int:
+def most_drafts(config: EngineConfig) -> int:
+    """Drafts of a request and step, at most."""
     return 0 if config.speculative is None else config.speculative.num_speculative_tokens or MAX_DRAFTS
 
 
@@ -300,20 +302,23 @@ def _forward_of(model: CausalLM, kv_caches: list[torch.Tensor]) -> Forward:
     return forward
 
 
-def _rehearsal_of(model: CausalLM) -> Callable[[], AbstractContextManager[None]]:
-    """In it a forward of this model launches every kernel, and not every layer."""
+def _fused_decoder(model: CausalLM) -> FusedDecoder | None:
     from octavo.kernels.triton.decoder import FusedDecoder
 
     decoder = getattr(model.fused, "__self__", None)
-    return decoder.rehearsal if isinstance(decoder, FusedDecoder) else nullcontext
+    return decoder if isinstance(decoder, FusedDecoder) else None
+
+
+def _rehearsal_of(model: CausalLM) -> Callable[[], AbstractContextManager[None]]:
+    """In it a forward of this model launches every kernel, and not every layer."""
+    decoder = _fused_decoder(model)
+    return nullcontext if decoder is None else decoder.rehearsal
 
 
 def _one_row_context(model: CausalLM) -> int | None:
     """The longest context for which one row of this model takes other kernels; None if it never does."""
-    from octavo.kernels.triton.decoder import FusedDecoder
-
-    decoder = getattr(model.fused, "__self__", None)
-    return decoder.one_row_context if isinstance(decoder, FusedDecoder) else None
+    decoder = _fused_decoder(model)
+    return None if decoder is None else decoder.one_row_context
 
 
 class GraphedNetwork:
@@ -376,10 +381,11 @@ def gpu_workspace(config: EngineConfig, longest: int) -> int:
     hidden, width, heads = model.hidden_size, model.intermediate_size, model.num_heads
     rows, graphed = config.max_num_batched_tokens, min(GRAPH_ROWS, config.max_num_batched_tokens)
     q_and_kv = (heads + 2 * model.num_kv_heads) * model.head_dim
-    a_row = (2 * hidden + max(3 * width, q_and_kv + 2 * heads * model.head_dim)) * itemsize
+    # octavo/kernels/triton/many_rows.py: a layer's buffers stay while the others are launched
+    a_row = (4 * hidden + 3 * width + q_and_kv + 2 * heads * model.head_dim) * itemsize
     sizes = graph_sizes_of(config)
-    results = sum(sizes.short + sizes.chunks + sizes.shared) * hidden * itemsize  # what each graph returns
-    sampled = min(config.max_num_seqs * (1 + _most_drafts(config)), max(rows, config.max_num_seqs))
+    results = sum(key.rows for key in sizes.keys) * hidden * itemsize  # what each graph returns
+    sampled = min(config.max_num_seqs * (1 + most_drafts(config)), max(rows, config.max_num_seqs))
     logits = (sampled + whole_step_rows(config)) * model.vocab_size * 4
     # octavo/kernels/triton/decoder.py: partial sums of products, and of attention's shared groups
     few = DETERMINISTIC_ROWS if config.args.deterministic else 64

@@ -47,7 +47,7 @@ class GpuDraftPasses:
         self._whole: WholePasses | None = None
         self._sampling: SamplingSlots | None = None
         self._records = False
-        self._by_graph = False  # this step's passes are whole graphs
+        self._graphs_from: int | None = None  # from this pass on this step's are whole graphs; None: none is
 
     def use_graphs(self, whole: WholePasses, sampling: SamplingSlots, records: bool) -> None:
         """From now on passes of few rows are whole graphs. `records`: somebody wants to see their logits."""
@@ -91,16 +91,20 @@ class GpuDraftPasses:
         later = np.zeros((len(order), kernels.PASS_COLUMNS), dtype=np.int32)
         later[:, 0], later[:, 2], later[:, 4] = self._slots, 1, 1
         later[:, 3] = later[:, 5] = np.arange(len(order))
-        self._by_graph = False
+        self._depth, self._graphs_from = 0, None
         if self._whole is not None and self._sampling is not None:
             only_draws = not self._records and self._sampling.only_draw(slots[wants])
-            self._by_graph = self._whole.begin(table, later, self._counts, only_draws)
-        self._depth = 0
+            self._graphs_from = self._whole.begin(table, later, self._counts, only_draws)
         if self._by_graph:
             return self._launch(slots[wants])
         sent = to_device(np.concatenate((table, later)), self._device)
         self._later = sent[len(table) :]
         return self._inputs(sent[: len(table)], slots[wants], int(widths.sum()), int(widths.max()))
+
+    @property
+    def _by_graph(self) -> bool:
+        """The pass being computed is a whole graph."""
+        return self._graphs_from is not None and self._depth >= self._graphs_from
 
     def next(self) -> PassInputs | None:
         """See DraftPasses."""
@@ -144,7 +148,8 @@ class GpuDraftPasses:
         if num_rows > len(buffers.input_ids):  # a long catch-up: no graph is that large
             buffers = StepBuffers.allocate(num_rows, entries, self._blocks.table)
         padded = self._sizes.padded(num_rows, longest) if self._sizes is not None else None
-        padded_rows, padded_reqs = num_rows, entries
+        # Without a graph as well the kernels are told of all slots: their forms depend on how many there are.
+        padded_rows, padded_reqs = num_rows, len(buffers.seq_lens)
         if padded is not None:
             padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
         own = torch.zeros(2 * (entries + num_logits), dtype=torch.int64, device=self._device)
@@ -159,7 +164,7 @@ class GpuDraftPasses:
             self._tables, table, self._out, self._depth, num_rows, max(1, longest), padded_rows, padded_reqs
         )
         max_blocks = max(1, *self._blocks.filled)
-        metadata = buffers.metadata(num_rows, entries, longest, max_blocks * self._blocks.block_size)
+        metadata = buffers.metadata(num_rows, padded_reqs, longest, max_blocks * self._blocks.block_size)
         return PassInputs(
             input_ids=buffers.input_ids[:num_rows],
             metadata=metadata,

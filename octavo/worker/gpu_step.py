@@ -18,7 +18,7 @@ import torch
 from octavo.core.messages import NewSlot, RowKind, SchedulerOutput
 from octavo.kernels.triton import step as kernels
 from octavo.kernels.triton.prompt import LEAST_ROWS, MOST_GATHERED
-from octavo.worker.cuda_graph import GraphSizes, StepBuffers
+from octavo.worker.cuda_graph import GraphKey, GraphSizes, StepBuffers
 from octavo.worker.device_time import to_device
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.prefix_groups import Ints, PrefixGroups
@@ -91,7 +91,7 @@ class GpuStep:
         self._num_sampled = 0
         self._width = 0
         self._described: tuple[SchedulerOutput, RowTable] | None = None
-        self._found: tuple[RowTable, tuple[int | None, bool]] | None = None  # the last answer of graph_of
+        self._found: tuple[RowTable, GraphKey | None] | None = None  # the last answer of graph_of
         self.draws = kernels.SlotDraws.allocate(state.num_slots, state.device)
 
     def change_slots(self, out: SchedulerOutput) -> None:
@@ -153,12 +153,12 @@ class GpuStep:
         longest, self._width, self._num_sampled = rows.longest, rows.width, rows.num_sampled
         self._rows = to_device(rows.table, state.device)
 
-        padded, shares = self.graph_of(rows)
+        key = self.graph_of(rows)
         buffers = self._buffers or StepBuffers.allocate(num_tokens, num_reqs, state.block_table)
         padded_rows, padded_reqs, run_rows = num_tokens, num_reqs, num_tokens
-        if padded is not None:
-            padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
-        elif self._sizes is not None and num_tokens > self._sizes.short[-1]:
+        if key is not None:
+            padded_rows, padded_reqs = key.rows, min(key.rows, len(buffers.seq_lens))
+        elif self._sizes is not None and num_tokens > self._sizes.largest:
             # The library's products are up to an eighth slower at odd sizes.
             padded_rows = min(-(-num_tokens // _ROWS_ROUND_UP) * _ROWS_ROUND_UP, len(buffers.input_ids))
             run_rows = padded_rows
@@ -175,6 +175,7 @@ class GpuStep:
             num_tokens, longest, padded_rows, padded_reqs, max(1, self._width),
         )  # fmt: skip
         max_blocks = max(state.num_blocks[slot] for slot in rows.table[:, 0].tolist())
+        shares = key is not None and key.shares
         metadata = buffers.metadata(run_rows, num_reqs, longest, max_blocks * state.block_size, shares)
         if not rows.is_verify:
             metadata = replace(
@@ -190,19 +191,19 @@ class GpuStep:
             draw_positions=draw_positions,
         )
 
-    def graph_of(self, rows: RowTable) -> tuple[int | None, bool]:
-        """(rows that the step is padded to, None without a graph; whether its requests share prefixes)."""
+    def graph_of(self, rows: RowTable) -> GraphKey | None:
+        """The graph of the step; None: there is none."""
         if self._found is None or self._found[0] is not rows:
             self._found = rows, self._find_graph(rows)
         return self._found[1]
 
-    def _find_graph(self, rows: RowTable) -> tuple[int | None, bool]:
+    def _find_graph(self, rows: RowTable) -> GraphKey | None:
         if self._sizes is None:
-            return None, False
-        sharing = self._sizes.padded(rows.num_tokens, rows.longest, True)
+            return None
+        sharing = self._sizes.graph_for(rows.num_tokens, rows.longest, True)
         if sharing is not None and self._share(rows.table[:, 0], rows.table[:, 1]):
-            return sharing, True
-        return self._sizes.padded(rows.num_tokens, rows.longest), False
+            return sharing
+        return self._sizes.graph_for(rows.num_tokens, rows.longest)
 
     def _share(self, slots: Ints, num_rows: Ints) -> bool:
         """True if requests of this step share prefixes; the buffers hold which."""

@@ -37,6 +37,7 @@ _LOGIT_ROWS = (1, 9, 17, 33, 65)
 _PLAIN = SamplingParams(max_tokens=4, temperature=1.0)
 _RULES = _PLAIN.replace(presence_penalty=0.1, logit_bias={0: 0.1}, allowed_token_ids=[0, 1, 2])
 _SHORT_PROMPT, _SHORT_PROMPTS = 200, 1000  # rows of one, and of a step of them
+_SHORTER_PROMPTS = (30, 12)  # the same: 34 and 84 that want a row
 
 
 @dataclass(slots=True)
@@ -111,11 +112,13 @@ def _run_steps(runner: ModelRunner, room: _Room) -> None:
     longest = min(runner.model.max_model_len, room.num_blocks * room.block_size) - MAX_DRAFTS - 2
     if longest < 1:
         return
-    # One long prompt; some too short for a long chunk's attention, together too long for a graph; many.
+    # One long prompt; some too short for a long chunk's attention, together too long for a graph; many rows;
+    # and so many requests that each size of the last layer's wanted rows is there.
     for total, each in (
         (min(longest, room.max_step_rows), longest),
         (min(_SHORT_PROMPTS, room.max_step_rows), min(_SHORT_PROMPT, longest)),
         (room.max_step_rows, longest),
+        *((min(_SHORT_PROMPTS, room.max_step_rows), min(rows, longest)) for rows in _SHORTER_PROMPTS),
     ):
         lengths: list[int] = []
         while total > 0 and len(lengths) < runner.state.num_slots:

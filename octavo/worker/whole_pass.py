@@ -81,18 +81,20 @@ class WholePasses:
         later: npt.NDArray[np.int32],
         counts: IntArray,
         only_draws: bool,
-    ) -> bool:
-        """Send the plan of a step's passes; False if its first pass is too long for a graph.
+    ) -> int:
+        """Send the plan of a step's passes; returns how many of them are to be computed before the graphs.
 
         first, later: the tables of the first pass and of the others. counts: drafts wanted, as in `later`.
+        0: all are graphs. 1: the first one catches up, and is too long for that. All: there are no graphs.
         """
         num_rows, longest = int(first[:, 4].sum()), int(first[:, 4].max())
-        if longest > kernels.MOST_ROWS or self._key(num_rows) is None:
-            return False
         most = int(counts.max(initial=0))
         self._counts = [len(first), *(int((counts > depth).sum()) for depth in range(1, most))]
+        before = int(longest > kernels.MOST_ROWS or self._key(num_rows) is None)
+        if before and (len(self._counts) == 1 or self._key(self._counts[1]) is None):
+            return len(self._counts)
         plan = np.zeros(kernels.HEADER + 2 * self._table_size, dtype=np.int32)
-        plan[kernels.DRAWS] = only_draws
+        plan[0], plan[kernels.DRAWS] = before, only_draws
         for depth, count in enumerate(self._counts):
             plan[1 + 2 * depth : 3 + 2 * depth] = count, num_rows if depth == 0 else count
         start = kernels.HEADER
@@ -105,7 +107,7 @@ class WholePasses:
         self._memory.plan.copy_(sent, non_blocking=True)
         self._draws_inside = only_draws
         self._first_rows = num_rows
-        return True
+        return before
 
     def launch(self, depth: int, context: int) -> int:
         """Launch a pass; returns its token rows, 0 if there is none. `context`: the longest there may be."""

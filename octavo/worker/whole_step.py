@@ -106,9 +106,8 @@ class WholeSteps:
         rows = self._steps.describe(out)
         if rows.longest > SHORT_ROWS or rows.num_tokens > self.most_rows:
             return None
-        padded, shares = self._steps.graph_of(rows)
-        key = GraphKey(padded or 0, False, shares)
-        if not (self.covers(key) and graphs.has(key)):
+        key = self._steps.graph_of(rows)
+        if key is None or not (self.covers(key) and graphs.has(key)):
             return None
         num_reqs, count, memory = len(rows.table), rows.num_logits, self._memory
         draws = only_draws and rows.is_dense and self._state.stop_ids is self._stop_ids
@@ -140,11 +139,11 @@ class WholeSteps:
 
     def time(self, graphs: CudaGraphs, rows: int) -> bool:
         """Launch a step of padding alone; False if there is no graph of this size that ends with logits."""
-        padded = graphs.sizes.padded(rows)
-        if padded is None or padded > self.most_rows or not graphs.has(GraphKey(padded, False)):
+        key = graphs.sizes.graph_for(rows)
+        if key is None or not (self.covers(key) and graphs.has(key)):
             return False
         self.empty_step()
-        graphs.run(GraphKey(padded, False))
+        graphs.run(key)
         return True
 
     def _next_place(self, num_reqs: int, num_rows: int, draws: bool) -> int:

@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 
 from octavo.attention.backend import AttentionMetadata, AttentionSpec
-from octavo.kernels.triton.attention_few import few_rows_kernel, spans_of
+from octavo.kernels.triton.attention_few import few_rows_kernel, part_begin, spans_of
 from octavo.kernels.triton.attention_tile import many_rows_kernel
 from octavo.kernels.triton.launch import begin, dot_precision, next_power_of_2, pdl_options, uses_pdl
 from octavo.kernels.triton.quick import kernel
@@ -30,31 +30,39 @@ from octavo.kernels.triton.shared import PARTS, SharedScratch
 GROUP = 128  # tokens of a span, or summed by themselves; part of the definition of a row's bits
 MOST_FEW = 32  # columns of the matrix unit that the kernel for few rows fills at most
 FULL = 128  # programs that fill a card
+CROWDED_SHARE = 5  # spans' lengths that a program takes at least, where so many programs run anyway
 LOG2_E = 1.4426950408889634
 NO_LIMIT = 2**31 - 1
 
 
-@kernel(do_not_specialize=["num_tiles", "window", "num_reqs", "least", "most", "whole", "table_stride"])
+@kernel(
+    do_not_specialize=[
+        "num_items", "window", "num_reqs", "least", "most", "whole", "extra", "crowded_share", "table_stride",
+    ]
+)  # fmt: skip
 def plan_kernel(
     starts_ptr,  # [num_reqs + 1] int32
     positions_ptr,  # [num_tokens] int64
     table_rows_ptr,  # [num_reqs] int32, each request's row of the block table; None: row r is request r's
     prefixes_ptr,  # [num_reqs] int32, tokens of a prefix that is attended to elsewhere; None: there are none
     table_ptr,  # [table rows, table_stride] int32, the block table; None: nothing is known to be old
-    # [num_tiles, 8] int32: table row, first row, rows, first position seen, last + 1, parts, and how many of
-    # the request's tokens this step does not write
-    tiles_ptr,
+    # [num_items, 16] int32, a program's share of a tile: table row, first row, rows, first position that the
+    # tile sees, last + 1, the share's beginning and end, and how many tokens of the request this step does
+    # not write
+    items_ptr,
     table_stride,
-    num_tiles,
+    num_items,
     window,
     num_reqs,
     least,  # requests of fewer rows get no rows here
     most,  # nor those of more
     whole,  # nor do those of so many rows or more that begin with their first row
+    extra,  # items beyond one a tile
+    crowded_share,  # tokens of a share at least, where many programs run anyway
     ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    PARTS: tl.constexpr,  # programs that may share a tile
+    SHARES: tl.constexpr,  # tiles may be shared
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     FULL: tl.constexpr,
@@ -64,18 +72,40 @@ def plan_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    items = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, REQUESTS)
     starts = tl.load(starts_ptr + r, mask=r < num_reqs, other=0)
     ends = tl.load(starts_ptr + r + 1, mask=r < num_reqs, other=0)
-    # tiles without rows come last: a program with nothing to do has a place until the launch before ends
     each = tl.cdiv(ends - starts, ROWS)
-    first_tile = tl.where(r < num_reqs, tl.cumsum(each) - each, 2147483647)
-    request = tl.sum((first_tile[None, :] <= tiles[:, None]).to(tl.int32), axis=1) - 1
+    parts = tl.full((REQUESTS,), 1, dtype=tl.int32)
+    if SHARES:
+        begins = tl.load(positions_ptr + starts, mask=ends > starts, other=-1).to(tl.int32)
+        seen = tl.where(begins >= 0, begins + ends - starts, 0)
+        if HAS_WINDOW:
+            seen = tl.minimum(seen, window + ROWS)
+        if prefixes_ptr is not None:
+            seen = tl.maximum(seen - tl.load(prefixes_ptr + r, mask=r < num_reqs, other=0), 0)
+        seen = tl.where((ends - starts >= least) & (ends - starts <= most), seen, 0)
+        # To share costs a few microseconds: where many programs run anyway, only longer shares pay. Shares of
+        # `even` tokens never need more items than there are; shorter ones do not where few contexts are long.
+        programs = tl.sum(tl.where(seen > 0, each, 0), axis=0) * KV_HEADS
+        share = tl.where(programs >= FULL, crowded_share, GROUP)
+        behind = tl.maximum(seen - 1, 0)
+        even = tl.maximum(tl.cdiv(tl.sum(behind * each, axis=0), extra), share)
+        shorter = tl.maximum(tl.sum(tl.where(behind >= even, behind, 0) * each, axis=0) // extra, share)
+        fits = tl.sum(behind // shorter * each, axis=0) <= extra
+        parts = 1 + behind // tl.where(fits, shorter, even)
+    # items without rows come last: a program with nothing to do has a place until the launch before ends
+    own = each * parts
+    first_item = tl.where(r < num_reqs, tl.cumsum(own) - own, 2147483647)
+    request = tl.sum((first_item[None, :] <= items[:, None]).to(tl.int32), axis=1) - 1
     start = tl.load(starts_ptr + request)
     end = tl.load(starts_ptr + request + 1)
-    skipped = tl.sum(tl.where(r[None, :] < request[:, None], each[None, :], 0), axis=1)
-    first = start + (tiles - skipped) * ROWS
+    is_its = r[None, :] == request[:, None]
+    local = items - tl.sum(tl.where(r[None, :] < request[:, None], own[None, :], 0), axis=1)
+    parts = tl.sum(tl.where(is_its, parts[None, :], 0), axis=1)
+    part = local % parts
+    first = start + local // parts * ROWS
     count = tl.minimum(tl.maximum(end - first, 0), ROWS)
     mine = (end - start >= least) & (end - start <= most)
     old = tl.load(positions_ptr + start, mask=end > start, other=-1).to(tl.int32)
@@ -90,15 +120,11 @@ def plan_kernel(
     if HAS_WINDOW:
         lowest = tl.min(tl.where(position >= 0, position, 2147483647), axis=1)
         lowest = tl.where(last > 0, tl.maximum(lowest - window + 1, 0), 0)
-    valid = tiles < num_tiles
+    valid = items < num_items
     if prefixes_ptr is not None:
         lowest = tl.load(prefixes_ptr + request, mask=valid & (request < num_reqs), other=0)
-    parts = tl.full((BLOCK_T,), 1, dtype=tl.int32)
-    if PARTS > 1:
-        # To share costs a few microseconds: it pays where few programs would run, or long ones.
-        programs = tl.sum(each, axis=0) * KV_HEADS
-        alone = (programs >= FULL) | ((programs >= FULL // 2) & (last - lowest <= 8 * GROUP))
-        parts = tl.where(alone, 1, PARTS)
+    low = part_begin(part, parts, lowest, last, GROUP)
+    high = part_begin(part + 1, parts, lowest, last, GROUP)
     table_row = request
     if table_rows_ptr is not None:
         table_row = tl.load(table_rows_ptr + request, mask=valid & (request < num_reqs), other=0)
@@ -119,13 +145,15 @@ def plan_kernel(
         ours = table_ptr + (table_row.to(tl.int64) * table_stride)[:, None] + block[None, :]
         same = tl.load(ours, mask=asked, other=-2) == written[None, :]
         old = tl.minimum(old, tl.min(tl.where(same, (block * BLOCK_SIZE)[None, :], 2147483647), axis=1))
-    tl.store(tiles_ptr + tiles * 8, table_row, mask=valid)
-    tl.store(tiles_ptr + tiles * 8 + 1, first, mask=valid)
-    tl.store(tiles_ptr + tiles * 8 + 2, count, mask=valid)
-    tl.store(tiles_ptr + tiles * 8 + 3, lowest, mask=valid)
-    tl.store(tiles_ptr + tiles * 8 + 4, last, mask=valid)
-    tl.store(tiles_ptr + tiles * 8 + 5, parts, mask=valid)
-    tl.store(tiles_ptr + tiles * 8 + 6, old, mask=valid)
+    tl.store(items_ptr + items * 16, table_row, mask=valid)
+    tl.store(items_ptr + items * 16 + 1, first, mask=valid)
+    tl.store(items_ptr + items * 16 + 2, count, mask=valid)
+    tl.store(items_ptr + items * 16 + 3, lowest, mask=valid)
+    tl.store(items_ptr + items * 16 + 4, last, mask=valid)
+    tl.store(items_ptr + items * 16 + 5, low, mask=valid)
+    tl.store(items_ptr + items * 16 + 6, high, mask=valid)
+    tl.store(items_ptr + items * 16 + 7, old, mask=valid)
+    tl.store(items_ptr + items * 16 + 8, part_begin(1, parts, lowest, last, GROUP), mask=valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +177,9 @@ class QueryTiling:
 class TilePlan:
     """Which rows each query tile of a step holds."""
 
-    tiles: torch.Tensor  # [num_tiles, 8] int32, see plan_kernel
+    tiles: torch.Tensor  # [num_items, 16] int32, see plan_kernel
     tiling: QueryTiling
-    parts: int  # programs that share a tile's spans
+    extra: int  # items beyond one a tile, for tiles of long contexts
 
 
 @dataclass(slots=True)
@@ -163,15 +191,13 @@ class Scratch:
     counters: torch.Tensor
 
     @classmethod
-    def allocate(
-        cls, num_rows: int, max_len: int, spec: AttentionSpec, max_tiles: int, device: torch.device
-    ) -> Scratch:
+    def allocate(cls, num_rows: int, max_len: int, spec: AttentionSpec, device: torch.device) -> Scratch:
         """For steps of up to num_rows rows whose tiles are shared."""
         places = num_rows * spec.num_heads * spans_of(max_len, GROUP)
         return cls(
             torch.empty(places * spec.head_dim, dtype=torch.float32, device=device),
             torch.empty(places * 2, dtype=torch.float32, device=device),
-            torch.zeros(max_tiles * spec.num_kv_heads, dtype=torch.int32, device=device),
+            torch.zeros(num_rows * spec.num_kv_heads, dtype=torch.int32, device=device),
         )
 
 
@@ -179,7 +205,7 @@ def plan(
     metadata: AttentionMetadata,
     spec: AttentionSpec,
     tiling: QueryTiling,
-    parts: int = 1,
+    extra: int = 0,
     least: int = 0,
     most: int = NO_LIMIT,
     pdl: bool | None = None,
@@ -196,21 +222,22 @@ def plan(
     rows = tiling.rows(spec)
     starts = metadata.query_start_loc
     num_reqs = metadata.num_reqs
-    num_tiles = metadata.num_tokens // rows + num_reqs
-    tiles = torch.empty(num_tiles, 8, dtype=torch.int32, device=starts.device)
+    num_items = min(metadata.num_tokens, metadata.num_tokens // rows + num_reqs) + extra
+    tiles = torch.empty(num_items, 16, dtype=torch.int32, device=starts.device)
     pdl = uses_pdl(starts) if pdl is None else pdl
     block_t = 16
-    plan_kernel[(-(-num_tiles // block_t),)](
+    plan_kernel[(-(-num_items // block_t),)](
         starts, metadata.positions, metadata.table_rows,
         None if metadata.shared is None else metadata.shared.lengths,
         None if block_size is None else metadata.block_table, tiles, metadata.block_table.stride(0),
-        num_tiles, spec.sliding_window or 0, num_reqs, least, most, whole, ROWS=rows,
+        num_items, spec.sliding_window or 0, num_reqs, least, most, whole, extra,
+        CROWDED_SHARE * GROUP, ROWS=rows,
         ROWS_PADDED=next_power_of_2(rows),
-        HAS_WINDOW=spec.sliding_window is not None, PARTS=parts, KV_HEADS=spec.num_kv_heads, GROUP=GROUP,
+        HAS_WINDOW=spec.sliding_window is not None, SHARES=extra > 0, KV_HEADS=spec.num_kv_heads, GROUP=GROUP,
         FULL=FULL, BLOCK_SIZE=block_size or 1, BLOCK_T=block_t,
         REQUESTS=max(room, next_power_of_2(num_reqs)), PDL=pdl, num_warps=4, **pdl_options(pdl),
     )  # fmt: skip
-    return TilePlan(tiles, tiling, parts)
+    return TilePlan(tiles, tiling, extra)
 
 
 def attend(
@@ -238,17 +265,15 @@ def attend(
         raise ValueError("a row of the block table must be contiguous")
     if (prefixes is None) != (metadata.shared is None):
         raise ValueError("shared prefixes and their sums go together")
-    parts, tiling = plan.parts, plan.tiling
+    shares, tiling = plan.extra > 0, plan.tiling
     is_few = tiling.block_q <= MOST_FEW
-    if parts > 1 and not is_few:
+    if shares and not is_few:
         raise ValueError("tiles of many rows have one program each")
     max_spans = spans_of(metadata.max_seq_len, GROUP)
-    if parts > 1:
+    if shares:
         places = metadata.num_tokens * spec.num_heads * max_spans
         if scratch is None or scratch.stats.numel() < places * 2:
             raise ValueError(f"{places} sums of spans do not fit the scratch memory")
-        if scratch.counters.numel() < len(plan.tiles) * kv_heads:
-            raise ValueError("too many query tiles for the scratch memory's counters")
     pdl = uses_pdl(q)
     has_cap = spec.soft_cap is not None
     scale = spec.scale * (1.0 if has_cap else LOG2_E)
@@ -270,10 +295,10 @@ def attend(
         )  # fmt: skip
         return
     sums = (out, out, plan.tiles) if scratch is None else (scratch.sums, scratch.stats, scratch.counters)
-    few_rows_kernel[(len(plan.tiles) * kv_heads, parts)](
+    few_rows_kernel[(len(plan.tiles) * kv_heads,)](
         q, kv_cache, out, metadata.block_table, plan.tiles, metadata.positions, *sums, *of_prefixes,
         metadata.block_table.stride(0), max_spans, scale, spec.soft_cap or 1.0, spec.sliding_window or 0,
-        TOKENS=min(GROUP, tokens_at_once(q.dtype, head_dim)), SPAN=GROUP, PARTS=parts,
+        TOKENS=min(GROUP, tokens_at_once(q.dtype, head_dim)), SPAN=GROUP, SHARES=shares,
         AHEAD=tiling.block_q == 8, **shape,
     )  # fmt: skip
 

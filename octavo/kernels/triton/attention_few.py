@@ -8,7 +8,9 @@ there are few of them.
 
 Within a span of the context the softmax runs on; spans are folded in order, whether one program reads all of
 them or several share them (then the last to arrive folds what lies in the workspace). Where spans end is a
-matter of the position alone, so a row's result depends on nothing but the row.
+matter of the position alone, so a row's result depends on nothing but the row. They are short at first, so
+that many programs can share a short context, and double with the position, so that there are few to fold.
+What the first of several programs read is folded already: it leaves one sum.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -28,35 +30,41 @@ from octavo.kernels.triton.attention_tile import (
 from octavo.kernels.triton.launch import begin
 from octavo.kernels.triton.quick import kernel
 
-SHORT_SPANS = 16  # spans of SPAN tokens, from position 0 on; those behind them are LONGER times as long
-LONGER = 4
-_SHORT_SPANS, _LONGER = tl.constexpr(SHORT_SPANS), tl.constexpr(LONGER)
+SHORT_SPANS = 8  # a power of two: so many spans of SPAN tokens from position 0 on, then as many a doubling
+_SHORT_SPANS = tl.constexpr(SHORT_SPANS)
 
 
 def spans_of(tokens: int, span: int) -> int:
     """How many spans so many tokens reach into."""
-    return min(-(-tokens // span), SHORT_SPANS + max(0, -(-(tokens - SHORT_SPANS * span) // (LONGER * span))))
+    doublings = max(0, (max(tokens - 1, 0) // (SHORT_SPANS * span)).bit_length() - 1)
+    return SHORT_SPANS * doublings + -(-tokens // (span << doublings))
+
+
+@triton.jit
+def doublings_at(position, SPAN: tl.constexpr):
+    """How often the spans' length has doubled at a position below 2**24."""
+    exponent = (tl.maximum(position // (_SHORT_SPANS * SPAN), 1)).to(tl.float32).to(tl.int32, bitcast=True)
+    return (exponent >> 23) - 127
 
 
 @triton.jit
 def span_at(position, SPAN: tl.constexpr):
     """The number of the span that a position lies in."""
-    behind = (position - _SHORT_SPANS * SPAN) // (_LONGER * SPAN) + _SHORT_SPANS
-    return tl.where(position < _SHORT_SPANS * SPAN, position // SPAN, behind)
-
-
-@triton.jit
-def next_span(position, SPAN: tl.constexpr):
-    """Where the first span begins that does not begin before this position."""
-    longer = tl.cdiv(position, _LONGER * SPAN) * (_LONGER * SPAN)
-    return tl.where(position <= _SHORT_SPANS * SPAN, tl.cdiv(position, SPAN) * SPAN, longer)
+    doublings = doublings_at(position, SPAN)
+    return doublings * _SHORT_SPANS + position // (SPAN << doublings)
 
 
 @triton.jit
 def part_begin(part, parts, first, last, SPAN: tl.constexpr):
-    """Where a part of the positions from first to last begins: a span's beginning, but for the first part."""
-    edge = next_span(first + part * tl.cdiv(last - first, parts), SPAN)
-    return tl.where(part == 0, first, tl.minimum(edge, last))
+    """Where a part of the positions from first to last begins.
+
+    That is where a span begins, the nearest to an even cut. The first part is never empty.
+    """
+    even = first + part * tl.cdiv(last - first, parts)
+    span = SPAN << doublings_at(even, SPAN)
+    span_of_first = SPAN << doublings_at(first, SPAN)
+    edge = tl.maximum((even + span // 2) // span * span, (first // span_of_first + 1) * span_of_first)
+    return tl.where(part == 0, first, tl.where(part < parts, tl.minimum(edge, last), last))
 
 
 @triton.jit
@@ -108,19 +116,30 @@ def _fold_spans(
     most = tl.full(column.shape, float("-inf"), dtype=tl.float32)
     weight = tl.zeros(column.shape, dtype=tl.float32)
     acc = tl.zeros((column.shape[0], D_PADDED), dtype=tl.float32)
+    stats = stats_ptr + column * max_spans * 2
+    sums = sums_ptr + (column * max_spans * D)[:, None] + d[None, :]
     for start in range(first_span, num_spans, AT_ONCE):
+        stats_of, sums_of = stats + start * 2, sums + start * D
         for step in tl.static_range(AT_ONCE):
-            span = start + step
-            place = column * max_spans + span
-            there = valid & (span < num_spans)
-            most_s = tl.load(stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-            weight_s = tl.load(stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            acc_s = tl.load(
-                sums_ptr + place[:, None] * D + d[None, :], mask=inside & (span < num_spans), other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
+            there = start + step < num_spans
+            known = valid & there
+            most_s = tl.load(stats_of + step * 2, mask=known, other=float("-inf"), cache_modifier=".cg")
+            weight_s = tl.load(stats_of + step * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
+            acc_s = tl.load(sums_of + step * D, mask=inside & there, other=0.0, cache_modifier=".cg")
             most, weight, acc = fold(most, weight, acc, most_s, weight_s, acc_s)
     return most, weight, acc
+
+
+@triton.jit
+def _place(first_row, i, head, max_spans, span, HEADS: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr):
+    """[rows] int64: where the sum of a span lies."""
+    if PDL:
+        # else the compiler computes addresses before the loop, and registers are filled with what few use
+        first_row = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [first_row], dtype=tl.int32, is_pure=False, pack=1
+        )
+    column = (first_row + i // SHARED).to(tl.int64) * HEADS + head * SHARED + i % SHARED
+    return column * max_spans + span
 
 
 @kernel(do_not_specialize=["table_stride", "max_spans", "window"])
@@ -129,11 +148,11 @@ def few_rows_kernel(
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
     out_ptr,  # [num_tokens, HEADS, D]
     table_ptr,  # [table rows, table_stride] int32
-    tiles_ptr,  # [tiles, 8] int32, see plan_kernel
+    items_ptr,  # [items, 16] int32, see plan_kernel
     positions_ptr,  # [num_tokens] int64
     sums_ptr,  # [num_tokens * HEADS, max_spans, D] float32
     stats_ptr,  # [num_tokens * HEADS, max_spans, 2] float32
-    counter_ptr,  # [tiles, KV_HEADS] int32, zero between launches
+    counter_ptr,  # [num_tokens, KV_HEADS] int32, zero between launches
     prefix_sums_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, D] float32, see shared.py
     prefix_stats_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, 2] float32
     table_stride,
@@ -149,7 +168,7 @@ def few_rows_kernel(
     BLOCK_Q: tl.constexpr,
     TOKENS: tl.constexpr,
     SPAN: tl.constexpr,  # a multiple of TOKENS
-    PARTS: tl.constexpr,  # programs that may share a tile
+    SHARES: tl.constexpr,  # several programs may share a tile
     STAGES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -159,31 +178,34 @@ def few_rows_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile, head, part = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
+    item, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     SHARED: tl.constexpr = HEADS // KV_HEADS
     SHARED_PADDED: tl.constexpr = triton.next_power_of_2(SHARED)
-    LONG_FROM: tl.constexpr = _SHORT_SPANS * SPAN
     if not EARLY:
         begin(PDL)
-    table_index, first_row, count, begin_at, last = read_tile(tiles_ptr, tile)
+    table_index, first_row, count, begin_at, last = read_tile(items_ptr, item)
+    if count == 0:
+        # nobody waits for a program with nothing to do; but a launch must not end before the one before it
+        if EARLY:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+            if item == 0:
+                begin(PDL)
+        return
     i, d, t = tl.arange(0, BLOCK_Q), tl.arange(0, D_PADDED), tl.arange(0, TOKENS)
     valid = i < count * SHARED
     position = tl.load(positions_ptr + first_row + i // SHARED, mask=valid, other=-1).to(tl.int32)
     table_row = table_ptr + table_index.to(tl.int64) * table_stride
     column = (first_row + i // SHARED).to(tl.int64) * HEADS + head * SHARED + i % SHARED
     first = begin_at // TOKENS * TOKENS
-    low, high, active = first, last, 1
-    if PARTS > 1:
-        parts = tl.load(tiles_ptr + tile * 8 + 5)
-        low = part_begin(part, parts, first, last, SPAN)
-        high = part_begin(part + 1, parts, first, last, SPAN)
-        every = tl.arange(0, PARTS)
-        begins = part_begin(every, parts, first, last, SPAN)
-        active = tl.sum((begins < part_begin(every + 1, parts, first, last, SPAN)).to(tl.int32), axis=0)
+    low, high, alone, end_of_first = first, last, True, last
+    if SHARES:
+        end_of_first = tl.load(items_ptr + item * 16 + 8)
+        low, high = tl.load(items_ptr + item * 16 + 5), tl.load(items_ptr + item * 16 + 6)
+        low = tl.where(low < high, low // TOKENS * TOKENS, high)
+        alone = (high - low) == (last - first)
     if EARLY:
         if AHEAD:
             # the loop below waits in its first turn, but for what it cannot read before
-            old = tl.load(tiles_ptr + tile * 8 + 6)
+            old = tl.load(items_ptr + item * 16 + 7)
             if tl.minimum(high, low + STAGES * TOKENS) > old:
                 if PDL:  # noqa: SIM102
                     if low < high:
@@ -196,8 +218,6 @@ def few_rows_kernel(
                 begin(PDL)
         else:
             begin(PDL)
-    if count == 0:
-        return
     inside = valid[None, :] & (d[:, None] < D)
     queries = q_ptr + column[None, :] * D + d[:, None]
     q = tl.zeros((D_PADDED, BLOCK_Q), dtype=q_ptr.dtype.element_ty)
@@ -241,11 +261,11 @@ def few_rows_kernel(
         weight_s = tl.fma(weight_s, shrink, tl.sum(p, axis=0))
         acc_s = tl.dot(v, p.to(v.dtype), acc_s * shrink[None, :], input_precision=PRECISION)
         behind = at + TOKENS
-        if (behind >= high) | (behind % tl.where(behind < LONG_FROM, SPAN, _LONGER * SPAN) == 0):
+        if (behind >= high) | ((behind & ((SPAN << doublings_at(at, SPAN)) - 1)) == 0):
             most, weight, acc = _fold(most, weight, acc, most_s, weight_s, acc_s)
-            if PARTS > 1:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
-                if active > 1:
-                    place = column * max_spans + span_at(at, SPAN)
+            if SHARES:  # noqa: SIM102  (one is known when the kernel is compiled, the other is not)
+                if low > first:
+                    place = _place(first_row, i, head, max_spans, span_at(at, SPAN), HEADS, SHARED, PDL)
                     tl.store(sums_ptr + place[None, :] * D + d[:, None], acc_s, mask=inside)
                     tl.store(stats_ptr + place * 2, most_s, mask=valid)
                     tl.store(stats_ptr + place * 2 + 1, weight_s, mask=valid)
@@ -253,16 +273,23 @@ def few_rows_kernel(
             weight_s = tl.zeros((BLOCK_Q,), dtype=tl.float32)
             acc_s = tl.zeros((D_PADDED, BLOCK_Q), dtype=tl.float32)
 
-    if PARTS > 1:
+    if SHARES:
         finishes = False
-        if (active > 1) & (low < high):
+        if (not alone) & (low < high):
+            if low <= first:  # its spans are the first to be folded, and they are: one sum for all of them
+                place = _place(first_row, i, head, max_spans, span_at(high - 1, SPAN), HEADS, SHARED, PDL)
+                tl.store(sums_ptr + place[None, :] * D + d[:, None], acc, mask=inside)
+                tl.store(stats_ptr + place * 2, most, mask=valid)
+                tl.store(stats_ptr + place * 2 + 1, weight, mask=valid)
             tl.debug_barrier()
-            counter = counter_ptr + tile * KV_HEADS + head
-            finishes = tl.atomic_add(counter, 1, sem="acq_rel") == active - 1
+            # the counter counts tokens, so nobody needs to know how many programs there are
+            counter = counter_ptr + first_row * KV_HEADS + head
+            finishes = tl.atomic_add(counter, high - low, sem="acq_rel") == (last - first) - (high - low)
             if finishes:
                 tl.store(counter, 0)
         if finishes:
-            first_span, num_spans = span_at(first, SPAN), span_at(last - 1, SPAN) + 1
+            first_span = span_at(end_of_first - 1, SPAN)
+            num_spans = span_at(last - 1, SPAN) + 1
             if count == 1:
                 # a decode row: its heads alone are a small tile, and leave room for many spans
                 few = tl.arange(0, SHARED_PADDED)
@@ -283,8 +310,8 @@ def few_rows_kernel(
                     column, valid, valid & (position >= 0), begin_at, most_all, weight_all, acc_all, out_ptr,
                     prefix_sums_ptr, prefix_stats_ptr, D, D_PADDED, PREFIX_PARTS,
                 )  # fmt: skip
-    # one program has all of it; where there is nothing to see, the first writes zeros
-    if (active <= 1) & ((low < high) | ((part == 0) & (last <= first))):
+    # one program has all of it, or there is nothing to see: zeros
+    if (alone & (low < high)) | (last <= first):
         write_tile(
             column, valid, valid & (position >= 0), begin_at, most, weight, tl.trans(acc), out_ptr,
             prefix_sums_ptr, prefix_stats_ptr, D, D_PADDED, PREFIX_PARTS,

@@ -17,7 +17,7 @@ from octavo.kernels.triton.quick import kernel
 @triton.jit
 def read_tile(tiles_ptr, tile):
     """(row of the block table, first token row, rows, first position seen, last + 1), see plan_kernel"""
-    fields = tiles_ptr + tile * 8
+    fields = tiles_ptr + tile * 16
     return tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3), tl.load(fields + 4)
 
 
@@ -164,7 +164,7 @@ def many_rows_kernel(
     cache_ptr,  # [blocks, 2, KV_HEADS, BLOCK_SIZE, D]
     out_ptr,  # [num_tokens, HEADS, D]
     table_ptr,  # [table rows, table_stride] int32
-    tiles_ptr,  # [tiles, 8] int32, see plan_kernel
+    tiles_ptr,  # [tiles, 16] int32, see plan_kernel
     positions_ptr,  # [num_tokens] int64
     prefix_sums_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, D] float32, see shared.py
     prefix_stats_ptr,  # [num_tokens * HEADS, PREFIX_PARTS, 2] float32

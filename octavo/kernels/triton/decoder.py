@@ -219,6 +219,10 @@ class FusedDecoder:
         pointwise.apply_scale(scaled, squares, out, eps)
         return out
 
+    def load_products(self, most: int) -> None:
+        """Have the library load its kernels for steps of up to so many rows: no request shall wait for it."""
+        self._many.load_products(self._layers[0], most)
+
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Forwards in here run one layer of each kind: they launch every kernel, and mean nothing."""
@@ -249,18 +253,14 @@ class FusedDecoder:
 
     def _scratch_for(self, metadata: AttentionMetadata, plans: list[TilePlan]) -> Scratch | None:
         """Room for the sums that programs share. Earlier rooms stay: captured graphs point there."""
-        if all(plan.parts == 1 for plan in plans):
+        if all(plan.extra == 0 for plan in plans):
             return None
         spec = self._layers[0].attention
         spans = spans_of(metadata.max_seq_len, attention.GROUP)
         places = query_tiles.SHARED_ROWS * spec.num_heads * spans
         if not self._scratch or self._scratch[-1].stats.numel() < places * 2:
-            tiles = query_tiles.SHARED_ROWS * 2 + 2
-            self._scratch.append(
-                Scratch.allocate(
-                    query_tiles.SHARED_ROWS, metadata.max_seq_len, spec, tiles, metadata.positions.device
-                )
-            )
+            rows, device = query_tiles.SHARED_ROWS, metadata.positions.device
+            self._scratch.append(Scratch.allocate(rows, metadata.max_seq_len, spec, device))
         return self._scratch[-1]
 
 

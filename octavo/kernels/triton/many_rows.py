@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from octavo.attention.backend import AttentionMetadata, ForwardContext
 from octavo.kernels.triton import attention, pointwise, prompt, wide_gate_up
@@ -22,12 +23,17 @@ from octavo.kernels.triton.rope_store import rope_store
 from octavo.kernels.triton.wide_gate_up import WideTiling
 
 MOST_WANTED = 256  # rows that leave the others behind in the last layer; where more are wanted, all go on
+# Wanted rows are padded to one of these: the library loads another kernel for another number of rows, and the
+# first use of one waits until the device has done all that it was given (0.17 s behind a prompt step of 8B).
+WANTED_SIZES = (16, 64, MOST_WANTED)
 # Up to so many rows the library's o and down get a bias of zeros: a product with a bias goes to cuBLASLt,
 # which cuts their K better (8B, 96 rows: 5.36 ms a step instead of 5.51; from 128 on nothing is gained).
 _BIASED_ROWS = 96
 # From more rows on, the library's o and down add to the residual stream themselves, so that the norm behind
 # them reads half as much and writes half as much (8,192 rows: 0.6B 9.8 us instead of 17.8, 8B 33.8 and 67.6).
 _ADDED_ROWS = 512
+
+_LOADED_EVERY = 512  # rows: among so many sizes are most of the kernels that the library has for others
 
 
 class _Own(NamedTuple):
@@ -123,6 +129,12 @@ class ManyRows:
             return x
         return self._end(layers[-1], x, stream, ctx.kv_caches[len(layers) - 1], metadata, ctx.wanted)
 
+    def load_products(self, layer: Layer, most: int) -> None:
+        """Have the library load its kernels for steps of up to so many rows: no request shall wait for it."""
+        for rows in range(_LOADED_EVERY, most + 1, _LOADED_EVERY):
+            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                _product(weight.new_zeros(rows, weight.shape[1]), weight.t(), None)
+
     def _layer(self, layer: Layer, own: _Own, x: torch.Tensor, stream: torch.Tensor, step: _Step) -> None:
         """One layer. `x`: the normed stream, and behind it what the next layer takes as such."""
         spec, metadata, rows = layer.attention, step.metadata, len(x)
@@ -182,20 +194,23 @@ class ManyRows:
         queries = spec.num_heads * spec.head_dim
         keys_values = _product(x, own.qkv[:, queries:], None if bias is None else bias[queries:])
         rope_store(keys_values, *tables, metadata.positions, metadata.slot_mapping, cache)
-        if not len(wanted):
+        count = len(wanted)
+        if not count:
             return stream[:0]
         metadata = metadata.only(wanted)
         tiling, _ = narrow_tiling(MOST_WANTED, 1, spec, stream.dtype)  # one form for any number
         plan = attention.plan(metadata, spec, tiling, room=MOST_WANTED)
-        x, stream = x[wanted], stream[wanted]
+        size = next(size for size in WANTED_SIZES if size >= count)
+        padded = F.pad(wanted, (0, size - count))  # with the step's first row
+        x, stream = x[padded], stream[padded]
         nowhere = torch.full_like(metadata.slot_mapping, -1)
-        q = rope_store(_product(x, own.qkv, bias), *tables, metadata.positions, nowhere, cache)
-        attended = torch.empty_like(q)
-        Attend([plan], None, None)(q, cache, attended, metadata, spec)
+        q = rope_store(_product(x, own.qkv, bias)[:count], *tables, metadata.positions, nowhere, cache)
+        attended = q.new_zeros(size, *q.shape[1:])
+        Attend([plan], None, None)(q, cache, attended[:count], metadata, spec)
         self._residual(attended.flatten(1), own.o, own.o_bias, stream, own.post_norm, x)
         activated = pointwise.silu_mul(_product(x, own.gate_up, own.gate_up_bias))
         self._residual(activated, own.down, own.down_bias, stream, own.next_norm, x)
-        return x
+        return x[:count]
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -20,34 +20,43 @@ from octavo.kernels.triton.launch import next_power_of_2
 NARROW_ROWS = 16
 WIDE = QueryTiling(block_q=128, stages=2, warps=8)
 WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
-SHARED_ROWS = 32  # above so many rows there are enough query tiles to fill the card
-_FULL = attention.FULL
-_CROWD = 264  # programs, beyond which they are kept small
+SHARED_ROWS = 64  # in larger steps every query tile has one program
+# So it has in steps of more than _FEW_SHARED rows where no context is longer than _SHORT: that programs may
+# share a tile costs 64 rows 2 us a layer, and one long context among short ones costs 700 where they may not.
+_FEW_SHARED, _SHORT = 32, 8192
+_ROOM = 256  # programs that find a place at once, two to a multiprocessor; more of them are kept smaller
 
 
 def narrow_tiling(
-    num_rows: int, rows_a_request: int, spec: AttentionSpec, dtype: torch.dtype = torch.bfloat16
+    num_rows: int,
+    rows_a_request: int,
+    spec: AttentionSpec,
+    dtype: torch.dtype = torch.bfloat16,
+    longest: int = attention.NO_LIMIT,
 ) -> tuple[QueryTiling, int]:
-    """How a step of so many rows is cut, and how many programs may share a query tile: as measured.
+    """How a step of so many rows is cut, and the items beyond one a query tile that long contexts may take.
 
-    Requests have `rows_a_request` rows, as a rule. Nothing here changes a bit of the result.
+    As measured. Requests have `rows_a_request` rows, as a rule, and contexts of at most `longest` tokens.
+    Nothing here changes a bit of the result.
     """
     heads = spec.num_heads // spec.num_kv_heads
     wanted = next_power_of_2(heads * min(rows_a_request, NARROW_ROWS))
     most = 16 if dtype == torch.float32 else attention.MOST_FEW
     block_q = max(8, min(wanted, most), next_power_of_2(heads))
-    programs = spec.num_kv_heads * max(1, num_rows)
-    parts = next_power_of_2(max(1, min(16, 256 // programs)))
-    if num_rows > SHARED_ROWS or programs >= _FULL:
-        parts = 1
+    tiles = -(-num_rows // max(1, min(rows_a_request, block_q // heads)))
+    programs = spec.num_kv_heads * tiles
+    one_each = block_q > 8 or tiles == 1  # one program to a multiprocessor, with more buffers
+    room = max(1, (_ROOM // 2 if one_each else _ROOM) // spec.num_kv_heads)
+    shares = num_rows <= (SHARED_ROWS if longest > _SHORT else min(SHARED_ROWS, _FEW_SHARED))
+    extra = max(room - tiles, room // 2) if shares else 0
     if dtype == torch.float32:
-        return QueryTiling(block_q, stages=2), parts
-    if block_q > 8 or parts > 4:
-        return QueryTiling(block_q, stages=3), parts
-    if programs > _CROWD and spec.head_dim <= 128:
+        return QueryTiling(block_q, stages=2), extra
+    if block_q > 8:
+        return QueryTiling(block_q, stages=4 if programs <= _ROOM // 2 else 3), extra
+    if programs > _ROOM and spec.head_dim <= 128:
         # four to a multiprocessor, each with one buffer: none has to wait for a place
-        return QueryTiling(block_q, stages=2, registers=128), parts
-    return QueryTiling(block_q, stages=4 if parts == 1 else 5), parts
+        return QueryTiling(block_q, stages=2, registers=128), extra
+    return QueryTiling(block_q, stages=3 if programs <= _ROOM // 4 else 4), extra
 
 
 def plans_of(
@@ -66,15 +75,15 @@ def plans_of(
     usual = longest
     if longest <= NARROW_ROWS or not one_tiling:
         usual = min(longest, metadata.usual_query_len or longest)
-    narrow, parts = narrow_tiling(metadata.num_tokens, usual, spec, dtype)
+    narrow, extra = narrow_tiling(metadata.num_tokens, usual, spec, dtype, metadata.max_seq_len)
     if one_tiling or metadata.num_tokens <= NARROW_ROWS or longest <= NARROW_ROWS:
-        return [attention.plan(metadata, spec, narrow, parts, block_size=block_size)]
+        return [attention.plan(metadata, spec, narrow, extra, block_size=block_size)]
     wide = WIDE if spec.head_dim <= 128 else WIDE_HEAD
     if dtype == torch.float32:
         wide = narrow_tiling(metadata.num_tokens, NARROW_ROWS, spec, dtype)[0]
     plans = []
     if metadata.min_query_len <= NARROW_ROWS:
-        plans.append(attention.plan(metadata, spec, narrow, parts, most=NARROW_ROWS, block_size=block_size))
+        plans.append(attention.plan(metadata, spec, narrow, extra, most=NARROW_ROWS, block_size=block_size))
     if len(metadata.long_chunks) < metadata.num_reqs:
         most = whole = attention.NO_LIMIT
         if any(start for *_, start in metadata.long_chunks):

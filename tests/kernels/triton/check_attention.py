@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ interpreter.enable()
 from octavo.attention.backend import AttentionMetadata, AttentionSpec, SharedPrefixes  # noqa: E402
 from octavo.kernels.triton import attention, attention_few  # noqa: E402
 from octavo.kernels.triton.attention import QueryTiling, Scratch  # noqa: E402
-from octavo.kernels.triton.attention_few import next_span, part_begin, span_at, spans_of  # noqa: E402
+from octavo.kernels.triton.attention_few import part_begin, span_at, spans_of  # noqa: E402
 from octavo.kernels.triton.query_tiles import narrow_tiling  # noqa: E402
 
 import triton  # noqa: E402  isort: skip
@@ -71,12 +72,10 @@ def case(lengths: list[int], rows: list[int], spec: AttentionSpec, block_size: i
     return Case(metadata, q, torch.randn(shape, generator=generator), spec)
 
 
-def run(made: Case, tiling: QueryTiling, parts: int, early: bool) -> torch.Tensor:
+def run(made: Case, tiling: QueryTiling, extra: int, early: bool) -> torch.Tensor:
     meta = made.metadata
-    plan = attention.plan(meta, made.spec, tiling, parts, block_size=made.cache.shape[3])
-    scratch = Scratch.allocate(
-        meta.num_tokens, meta.max_seq_len, made.spec, len(plan.tiles), torch.device("cpu")
-    )
+    plan = attention.plan(meta, made.spec, tiling, extra, block_size=made.cache.shape[3])
+    scratch = Scratch.allocate(meta.num_tokens, meta.max_seq_len, made.spec, torch.device("cpu"))
     out = torch.full_like(made.q, float("nan"))
     for _ in range(2):  # counters are zero again after a launch
         attention.attend(made.q, made.cache, out, meta, made.spec, plan, scratch, early)
@@ -94,60 +93,111 @@ SPECS = {
 
 @pytest.fixture
 def _few_short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans of 16 tokens up to 64, of 64 behind them."""
+    """Spans of 16 tokens up to 64, of 32 up to 128, of 64 behind them."""
     monkeypatch.setattr(attention, "GROUP", 16)
-    monkeypatch.setattr(attention_few, "SHORT_SPANS", 4)
-    monkeypatch.setattr(attention_few, "_SHORT_SPANS", tl.constexpr(4))
+    monkeypatch.setattr(attention_few, "SHORT_SPANS", 2)
+    monkeypatch.setattr(attention_few, "_SHORT_SPANS", tl.constexpr(2))
 
 
 @pytest.mark.usefixtures("_few_short_spans")
 @pytest.mark.parametrize(
-    ("name", "block_q", "parts", "early", "block_size"),
+    ("name", "block_q", "extra", "early", "block_size"),
     [
-        ("plain", 8, 1, True, 16),
-        ("plain", 16, 4, False, 48),
+        ("plain", 8, 0, True, 16),
+        ("plain", 16, 9, False, 48),
         ("three heads a KV head", 16, 4, True, 16),
         ("odd heads, soft cap", 8, 2, True, 48),
-        ("window", 8, 4, True, 16),
-        ("window", 16, 1, False, 16),
+        ("window", 8, 6, True, 16),
+        ("window", 16, 0, False, 16),
     ],
 )
-def test_rows_of_many_spans(name: str, block_q: int, parts: int, early: bool, block_size: int) -> None:
+def test_rows_of_many_spans(name: str, block_q: int, extra: int, early: bool, block_size: int) -> None:
     """Contexts of one token, of one span, to the end of the short spans, and beyond."""
     made = case([1, 150, 64, 40], [1, 3, 1, 2], SPECS[name], block_size)
-    made.metadata.positions[4 + (parts == 1)] = -1  # padding: a request of its own, or behind a row
-    got = run(made, QueryTiling(block_q), parts, early)
+    made.metadata.positions[4 + (extra == 0)] = -1  # padding: a request of its own, or behind a row
+    got = run(made, QueryTiling(block_q), extra, early)
     torch.testing.assert_close(got, made.expected(), atol=1e-4, rtol=1e-4)
+    if extra:
+        assert torch.equal(got, run(made, QueryTiling(block_q), 0, early))
 
 
 def test_more_spans_than_are_folded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "GROUP", 16)
     made = case([331], [1], SPECS["three heads a KV head"])
-    got = run(made, QueryTiling(8), 4, True)
+    got = run(made, QueryTiling(8), 19, True)
     torch.testing.assert_close(got, made.expected(), atol=1e-4, rtol=1e-4)
+
+
+def shares(made: Case, extra: int) -> dict[int, list[tuple[int, int]]]:
+    """Where the programs begin and end that share each tile, by the tile's first row."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for item in attention.plan(made.metadata, made.spec, QueryTiling(8), extra, block_size=16).tiles.tolist():
+        if item[2]:
+            found.setdefault(item[1], []).append((item[5], item[6]))
+            assert item[8] == found[item[1]][0][1], "where the first of them ends"
+    return found
+
+
+def test_long_contexts_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GROUP", 16)
+    spec = AttentionSpec(2, 2, 16, 0.25)
+    long = case([1000, 30, 20], [1, 1, 3], spec)
+    assert shares(long, 0) == {0: [(0, 1000)], 1: [(0, 30)], 2: [(0, 20)]}
+    for extra in (1, 5, 40):
+        found = shares(long, extra)
+        for tile, end in ((0, 1000), (1, 30), (2, 20)):
+            edges = found[tile]
+            assert edges[0][0] == 0
+            assert edges[-1][1] == end
+            assert all(this[1] == following[0] for this, following in itertools.pairwise(edges))
+        assert 1 + extra // 2 <= len(found[0]) <= 1 + extra
+        assert sum(map(len, found.values())) <= 3 + extra
+    assert len(shares(long, 40)[1]) == 2
+    monkeypatch.setattr(attention, "FULL", 6)  # so many programs run anyway: only long shares pay
+    assert [len(found) for found in shares(long, 40).values()] == [13, 1, 1]
+
+
+def test_no_step_has_more_shares_than_there_are_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its contexts are: every tile is read to its end, and what is longest is cut most."""
+    monkeypatch.setattr(attention, "GROUP", 16)
+    generator = torch.Generator().manual_seed(5)
+    for extra, full in ((1, 128), (7, 128), (16, 4), (30, 4)):
+        monkeypatch.setattr(attention, "FULL", full)
+        lengths = (
+            torch.randint(4, 3000, (6,), generator=generator).pow(2).floor_divide(3000).clamp(min=4).tolist()
+        )
+        rows = torch.randint(1, 4, (6,), generator=generator).tolist()
+        made = case(lengths, rows, AttentionSpec(2, 1, 16, 0.25))
+        found = shares(made, extra)
+        tiles = sum(-(-n // QueryTiling(8).rows(made.spec)) for n in rows)
+        assert len(found) == tiles
+        assert sum(map(len, found.values())) <= tiles + extra
+        for first, edges in found.items():
+            request = int((made.metadata.query_start_loc <= first).sum()) - 1
+            assert [edges[0][0], edges[-1][1]] == [0, lengths[request]]
+            assert all(this[1] == following[0] for this, following in itertools.pairwise(edges))
+        most = max(map(len, found.values()))
+        assert any(len(edges) == most and edges[-1][1] == max(lengths) for edges in found.values())
 
 
 @triton.jit
 def _spans_kernel(out_ptr, total, SPAN: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr):
     position = tl.arange(0, TOKENS)
     tl.store(out_ptr + position, span_at(position, SPAN))
-    tl.store(out_ptr + TOKENS + position, next_span(position, SPAN))
     part = tl.arange(0, PARTS)
-    tl.store(out_ptr + 2 * TOKENS + part, part_begin(part, PARTS - 3, 7, total, SPAN))
+    tl.store(out_ptr + TOKENS + part, part_begin(part, PARTS - 3, 7, total, SPAN))
 
 
 @pytest.mark.parametrize("total", [8, 128, 129, 500])
 def test_where_spans_and_parts_begin(total: int) -> None:
     span, tokens, parts = 8, 512, 8
-    out = torch.zeros(2 * tokens + parts, dtype=torch.int32)
+    out = torch.zeros(tokens + parts, dtype=torch.int32)
     _spans_kernel[(1,)](out, total, span, tokens, parts)
-    number, following, begins = (x.tolist() for x in out.split([tokens, tokens, parts]))
+    number, begins = (x.tolist() for x in out.split([tokens, parts]))
     starts = [p for p in range(tokens) if p == 0 or number[p] != number[p - 1]]
-    longer = attention_few.LONGER * span
-    assert starts == [*range(0, 128, span), *range(128, tokens, longer)]
+    assert starts == [*range(0, 128, 8), *range(128, 256, 16), *range(256, 512, 32)]
     assert [number[p] for p in starts] == list(range(len(starts)))
     assert [spans_of(p, span) for p in range(1, tokens)] == [number[p - 1] + 1 for p in range(1, tokens)]
-    assert all(following[p] == min((s for s in starts if s >= p), default=tokens) for p in range(tokens))
     assert begins[0] == 7
     assert begins[parts - 3 :] == [total] * 3  # parts that are not there have nothing
     assert begins == sorted(begins)
@@ -161,7 +211,7 @@ def test_early_reads_leave_out_what_the_step_writes() -> None:
 
     def old(rows: torch.Tensor | None = None) -> list[int]:
         plan = attention.plan(replace(meta, table_rows=rows), made.spec, QueryTiling(8), block_size=16)
-        used = {int(first): int(n) for _, first, count, *_, n, _ in plan.tiles.tolist() if count}
+        used = {item[1]: item[7] for item in plan.tiles.tolist() if item[2]}
         return [used[int(first)] for first in meta.query_start_loc[:-1]]
 
     assert old() == [88, 40, 32, 59]
@@ -172,7 +222,7 @@ def test_early_reads_leave_out_what_the_step_writes() -> None:
     meta.positions[2:32] = -1  # a request that has ended writes nothing
     assert old()[0] == 88
     unknown = attention.plan(meta, made.spec, QueryTiling(8)).tiles
-    assert not unknown[:, 6].any()
+    assert not unknown[:, 7].any()
 
 
 def test_shared_prefixes_are_not_read_again() -> None:
@@ -188,9 +238,14 @@ def test_tilings_fit_the_rows() -> None:
     assert [narrow_tiling(64, rows, spec)[0].block_q for rows in (1, 2, 4, 6, 40)] == [8, 8, 16, 32, 32]
     assert narrow_tiling(64, 1, AttentionSpec(48, 1, 128, 0.1))[0].rows(AttentionSpec(48, 1, 128, 0.1)) == 1
     for heads, rows in ((1, 1), (7, 1), (7, 6), (16, 16)):
-        tiling, parts = narrow_tiling(4, rows, AttentionSpec(heads, 1, 64, 0.1), torch.float32)
+        tiling, extra = narrow_tiling(4, rows, AttentionSpec(heads, 1, 64, 0.1), torch.float32)
         assert tiling.block_q <= 16
-        assert parts == 16
+        assert extra > 100
+    extras = [narrow_tiling(rows, 1, spec)[1] for rows in (1, 8, 16, 32, 64, 65)]
+    assert extras == [15, 24, 16, 16, 16, 0]
+    short = [narrow_tiling(rows, 1, spec, longest=8192)[1] for rows in (1, 32, 33)]
+    assert short == [15, 16, 0]
+    assert [narrow_tiling(rows, 6, spec)[1] for rows in (6, 24, 48, 96)] == [15, 12, 8, 0]
     made = case([20], [1], SPECS["plain"])
     with pytest.raises(ValueError, match="one program each"):
         run(made, QueryTiling(64), 2, False)

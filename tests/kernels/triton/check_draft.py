@@ -115,4 +115,7 @@ def compare(wanted: Any, found: Any, same: torch.Tensor) -> None:
             assert getattr(wanted.metadata, name)[theirs] == getattr(found.metadata, name)[ours], name
     assert sorted(wanted.metadata.positions.tolist()) == sorted(found.metadata.positions.tolist())
     assert sorted(wanted.metadata.slot_mapping.tolist()) == sorted(found.metadata.slot_mapping.tolist())
-    assert sorted(wanted.metadata.seq_lens.tolist()) == sorted(found.metadata.seq_lens.tolist())
+    lengths, entries = found.metadata.seq_lens.tolist(), wanted.metadata.num_reqs
+    assert sorted(wanted.metadata.seq_lens.tolist()) == sorted(lengths[:entries])
+    assert not any(lengths[entries:])  # slots without rows
+    assert set(found.metadata.query_start_loc[entries:].tolist()) == {found.metadata.num_tokens}

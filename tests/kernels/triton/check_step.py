@@ -13,7 +13,7 @@ interpreter.enable()
 
 from octavo.core.messages import NewSlot, RowKind, Rows, SchedulerOutput  # noqa: E402
 from octavo.sampling_params import SamplingParams  # noqa: E402
-from octavo.worker.cuda_graph import GraphSizes, StepBuffers  # noqa: E402
+from octavo.worker.cuda_graph import GraphKey, GraphSizes, StepBuffers  # noqa: E402
 from octavo.worker.gpu_step import GpuStep, RowTable  # noqa: E402
 from octavo.worker.input_batch import DeviceState  # noqa: E402
 from tests.kernels.random_life import BLOCK_SIZE, MAX_LEN, SLOTS, compare  # noqa: E402
@@ -60,7 +60,7 @@ def test_whoever_asks_again_for_a_steps_graph_gets_the_same_answer(monkeypatch: 
     looked: list[int] = []
     find = steps._find_graph
 
-    def look(rows: RowTable) -> tuple[int | None, bool]:
+    def look(rows: RowTable) -> GraphKey | None:
         looked.append(rows.num_tokens)
         return find(rows)
 
@@ -68,7 +68,7 @@ def test_whoever_asks_again_for_a_steps_graph_gets_the_same_answer(monkeypatch: 
     for count in (3, 9, 3):
         rows = steps.describe(SchedulerOutput(0, rows=[Rows(2, count, RowKind.VERIFY, True)]))
         answers = [steps.graph_of(rows) for _ in range(3)]
-        assert answers == [(8 if count == 3 else 32, False)] * 3
+        assert answers == [GraphKey(8 if count == 3 else 32, False)] * 3
     assert looked == [3, 9, 3]
 
 
