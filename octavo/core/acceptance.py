@@ -40,6 +40,7 @@ _MATCH_WEIGHT = 4.0  # the same for the chance of a match
 _MAX_STEPS_DECAYED = 4  # for one observation, however long ago the last one was
 _SHARED_DECAY = 0.998  # an observation; about the last 500 count
 _START_WEIGHT = 2.0  # pseudo-counts of the rates assumed before anything was seen
+_LIKE_BEFORE = 8.0  # pseudo-counts of a position's expectation from the one before
 _START_RATE = 0.65
 _START_MATCH = 0.8
 
@@ -102,8 +103,10 @@ class SharedAcceptance:
         for position, seen in enumerate(self.new_trials):
             hits[position] = hits[position] * decay + self.new_hits[position]
             trials[position] = trials[position] * decay + seen
-            # A position hardly seen is expected to be like the one before it.
-            expected = (hits[position] + _START_WEIGHT * expected) / (trials[position] + _START_WEIGHT)
+            # A position hardly seen is expected to be like the one before it. Few refusals must not count for
+            # much: what they stop is not tried again.
+            weight = _LIKE_BEFORE if position else _START_WEIGHT
+            expected = (hits[position] + weight * expected) / (trials[position] + weight)
             self.rates[position] = min(0.995, max(0.005, expected))
         self.new_hits = [0] * MAX_DRAFTS
         self.new_trials = [0] * MAX_DRAFTS

@@ -14,9 +14,9 @@ is left out, but where it has filled the cheap rows the drafts' rows are dear, a
 
 This file adds what makes a sequence of such decisions good:
 
-* *Steadiness.* A different choice is taken up only if it promises 3% more; but as soon as
-  speculation promises less than plain decoding it stops. One request alone may change its number
-  when that pays for itself by 3%, at the current price of a row.
+* *Steadiness.* Drafting starts only if it promises 3% more than plain decoding, and another number of
+  drafts is chosen for 1.5%; but as soon as speculation promises less than plain decoding it stops. One
+  request alone may change its number when that pays for itself by 3%, at the current price of a row.
 * *Sobriety.* What drafts promised when they were chosen is compared with what they brought. Where
   promises are not kept, because texts change faster than one can follow, they are discounted.
 * *Curiosity, on an allowance* (`draft_trials`). 0.5% of the device's time may be given away. A
@@ -28,14 +28,17 @@ This file adds what makes a sequence of such decisions good:
 * *Rest.* Where nobody drafts and nothing new was seen, steps go without a plan, and of those one in
   four is looked at: thinking costs time as well.
 * *Honesty.* From the same allowance, short windows of plain steps at the same load show what a
-  plain step really takes. They correct the cost model, and the net speed-up is reported by it.
+  plain step really takes. They correct the cost model, and the net speed-up is reported by it. They grow
+  rare where drafting brings much and they show nothing new.
 * *Limits* (`draft_limits`). Drafts never take more than the token budget, the free KV blocks and
   the request's own limit leave, and leave half of the free rows to waiting prompts. What a fixed
   number (`num_speculative_tokens`) loses by that is counted.
 
 Draft models and lookups are the same here: a lookup's drafts just need no pass. A draft model that
 has fallen behind must first catch up; a request starts (again) only if what its drafts save over
-the tokens to come is worth that.
+the tokens to come is worth that, at the price of all catching up together. What was begun is finished, where
+most draft nobody is left behind for little, and while prompts fill the steps nobody begins: who joins with
+them changes the load.
 
 Plain Python, no tensors: `plan` when a step is built, `observe` when its output was read.
 """
@@ -48,6 +51,7 @@ from octavo.core.acceptance import MAX_DRAFTS, RequestAcceptance, SharedAcceptan
 from octavo.core.cost_model import CostModel
 from octavo.core.draft_choice import Economy, choose, expected
 from octavo.core.draft_in_force import (
+    MIN_BETTER,
     MIN_GAIN,
     Bolder,
     ChoiceInForce,
@@ -85,6 +89,8 @@ __all__ = ["BudgetReport", "DraftBudget", "DraftPlan", "DraftPolicy", "DraftStat
 _CATCH_UP_HORIZON = 128  # tokens over which a draft model's catch-up must pay off
 _PROOF = 4  # steps after a change in which it is looked at again
 _NEW_STEPS = 64  # after the start, in which what was measured there is checked in every step
+_TO_JOIN = 0.75  # of what catching up costs, that it must save where most requests draft already
+_CROWDED = 0.75  # of a step's rows are those of prompts
 _RESTS_A_LOOK = 4  # steps at rest, of which the last is observed
 _REST = 12  # steps without a plan, at most, where nobody drafts and nothing new was seen
 
@@ -189,7 +195,8 @@ class DraftBudget:
             plan.num_drafts = [state.fixed or 0 for state in states]
         else:
             plan.num_drafts = [state.chosen[mixed] for state in states]
-            if choice.could_pay and not self._trials.saves_for_window(self._step, choice.gain):
+            explores = choice.could_pay and not self._is_crowded(facts)
+            if explores and not self._trials.saves_for_window(self._step, choice.gain):
                 self._explore(plan, facts)
         if min(facts.rooms) < MAX_DRAFTS:
             plan.num_drafts = list(map(min, plan.num_drafts, facts.rooms))
@@ -197,9 +204,10 @@ class DraftBudget:
             leave_out_blocked(plan, facts, self.report)
         room = draft_room(facts, self._max_rows)
         if facts.owed and any(facts.owed):
+            row_price = self._catch_up_price(plan, facts)
             catch_up(
                 plan, facts, room, self._catch_up_rows,
-                lambda index: self._catching_up_pays(index, plan, choice, facts),
+                lambda index: self._catching_up_pays(index, plan, choice, facts, row_price),
             )  # fmt: skip
             if plan.too_far_behind and not choice.on_trial:
                 self._leave_out_few(plan, choice, facts)
@@ -250,7 +258,9 @@ class DraftBudget:
         counts = best.drafts(autos)
         tokens, rows = promise(autos, counts, best.passes)
         rate = economy.rate(tokens, rows, best.passes)
-        starts = rate > (1.0 if choice.on_trial else MIN_GAIN) * now_rate
+        had_drafts = any(now)
+        wanted = 1.0 if choice.on_trial else MIN_BETTER if had_drafts else MIN_GAIN
+        starts = rate > wanted * now_rate
         if starts:
             choice.passes = best.passes
             now, now_tokens, now_rate = counts, tokens, rate
@@ -263,7 +273,8 @@ class DraftBudget:
         choice.on_trial = False
         if starts or stops:
             self.report.num_changes += 1
-            choice.steps_left = min(choice.steps_left, _PROOF)  # a mistake is seen at once
+            if stops or not had_drafts:
+                choice.steps_left = min(choice.steps_left, _PROOF)  # a mistake is seen at once
             promise(autos, now, choice.passes)
         elif not mixed and len(autos) == batch and self._trials.may_be_bold(self._step, batch):
             bold = bolder(autos, now, now_rate, choice.passes, economy)
@@ -332,15 +343,35 @@ class DraftBudget:
 
         self._trials.explore(self._step, plan, facts, cost_of)
 
-    def _catching_up_pays(self, index: int, plan: DraftPlan, choice: ChoiceInForce, facts: StepFacts) -> bool:
-        """Does what the request's drafts save, over the tokens it may still have, pay for it?"""
+    def _is_crowded(self, facts: StepFacts) -> bool:
+        """Prompts fill the step: who joins with them changes the load, and with it what drafts are worth."""
+        return bool(facts.owed) and facts.prompt_rows > _CROWDED * self._max_rows
+
+    def _catch_up_price(self, plan: DraftPlan, facts: StepFacts) -> float:
+        """The seconds that a row of catching up must save.
+
+        What it adds to the first pass, where all that would draft catch up in it together, and a little more;
+        less where most requests draft already, and the others would be left behind.
+        """
         assert self.draft is not None, "only a draft model can be behind"
+        owed = [behind for behind, count in zip(facts.owed, plan.num_drafts, strict=True) if count]
+        rows, those_of_drafting = max(1, min(sum(owed), self._catch_up_rows)), 2 * len(owed)
+        added = self.draft.seconds(those_of_drafting + rows) - self.draft.seconds(those_of_drafting)
+        most_draft = 2 * owed.count(0) > len(facts.states)
+        return (_TO_JOIN if most_draft else MIN_GAIN) * added / rows
+
+    def _catching_up_pays(
+        self, index: int, plan: DraftPlan, choice: ChoiceInForce, facts: StepFacts, row_price: float
+    ) -> bool:
+        """Does what the request's drafts save, over the tokens it may still have, pay for it?"""
         if choice.on_trial:
             return True  # from the allowance
+        if self._is_crowded(facts):
+            return False
         gain, _ = expected(facts.states[index], plan.num_drafts[index], choice.passes)
         share = gain / choice.extra_tokens if choice.extra_tokens > 0.0 else 0.0
         steps = min(facts.rooms[index], _CATCH_UP_HORIZON) / (1.0 + gain)
-        return share * choice.saved_seconds * steps > MIN_GAIN * self.draft.seconds(facts.owed[index])
+        return share * choice.saved_seconds * steps > row_price * facts.owed[index]
 
     def _leave_out_few(self, plan: DraftPlan, choice: ChoiceInForce, facts: StepFacts) -> None:
         """The choice counted on requests that do not catch up. Passes for the few others may not pay."""
@@ -363,7 +394,10 @@ class DraftBudget:
         if self._records.trust * tokens / batch < seconds / self.target.seconds(batch, facts.kv_tokens):
             for index in few:
                 plan.num_drafts[index] = 0
-                plan.catch_up.pop(index, None)
+            for index, state in enumerate(states):  # and nobody begins to catch up
+                if state.lookup is None and state.fixed is None:
+                    plan.catch_up.pop(index, None)
+                    state.catching_up = False
 
     # ------------------------------------------------------------------ observe
 

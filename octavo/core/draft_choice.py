@@ -218,7 +218,7 @@ def choose(candidates: Sequence[Candidate], economy: Economy, passes_now: int = 
                 counts[level] += curve.rows
     total = [sum(column) for column in zip(*free, strict=True)]
     best = Choice(0, LEVELS, 0.0, economy.plain_rate)
-    worth_trying = {0, 1, 2, passes_now // 2, passes_now - 1, passes_now, passes_now + 1, 2 * passes_now}
+    worth_trying = {0, 1, 2, 3, passes_now // 2, passes_now - 1, passes_now, passes_now + 1, 2 * passes_now}
     for passes in range(most_passes + 1):
         if passes:
             added, removed = passed[passes - 1], free[passes - 1]

@@ -14,7 +14,8 @@ from octavo.core.acceptance import MAX_DRAFTS
 from octavo.core.draft_choice import Economy, choose, expected
 from octavo.core.draft_plan import DraftState
 
-MIN_GAIN = 1.03  # what a change must promise
+MIN_GAIN = 1.03  # what drafting must promise where there was none
+MIN_BETTER = 1.015  # and another choice of drafts than the one in force, for the whole batch
 _HOPE = 0.25  # the share of what more rows cost that may be a mistake
 _UNLEARNED_STEPS = 8  # after which a choice is looked at again though nothing was learned
 

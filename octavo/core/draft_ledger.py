@@ -76,6 +76,7 @@ class Ledger:
         if in_window:
             error = abs(self._target.surprise(rows, kv_tokens, seconds))
             self._report.window_error += _WINDOW_ERROR_RATE * (error - self._report.window_error)
+            trials.window_showed(error)
         self._target.observe(rows, kv_tokens, seconds, deliberate=in_window)
         return min(seconds, _LATE * wanted)
 

@@ -45,8 +45,8 @@ def catch_up(plan: DraftPlan, facts: StepFacts, room: int, most: int, pays: Call
     """Have the draft model catch up for requests with drafts, a part a step, and none before it has.
 
     `most` rows are granted in all. `pays(index)` says whether a request's drafts are worth it; nobody
-    asks for those of a fixed number, or explored ones, which were paid already. Where there is a lookup
-    as well, it drafts alone.
+    asks for those of a fixed number, or explored ones, which were paid already, and what was begun is
+    finished. Where there is a lookup as well, it drafts alone.
     """
     left = min(most, facts.catch_up_room, max(0, room - sum(plan.num_drafts)))
     too_far: list[int] = []
@@ -54,7 +54,9 @@ def catch_up(plan: DraftPlan, facts: StepFacts, room: int, most: int, pays: Call
         if not plan.num_drafts[index] or not behind or state.model is None or index in facts.blocked:
             continue
         alone = 0 if state.lookup is None else plan.num_drafts[index]
-        if state.fixed is None and index not in plan.explored and not pays(index):
+        decided = state.fixed is not None or state.catching_up or index in plan.explored
+        state.catching_up = False
+        if not decided and not pays(index):
             plan.num_drafts[index] = alone
             too_far.append(index)
             continue
@@ -64,6 +66,7 @@ def catch_up(plan: DraftPlan, facts: StepFacts, room: int, most: int, pays: Call
             plan.catch_up[index] = granted
         if granted < behind:
             plan.num_drafts[index] = alone
+            state.catching_up = granted > 0
     plan.too_far_behind = frozenset(too_far)
 
 

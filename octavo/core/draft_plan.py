@@ -30,9 +30,9 @@ class DraftState:
     `fixed` is the number of drafts somebody asked for, or None for the budget's own choice.
     """
 
-    __slots__ = ("blocked", "chosen", "draft_seconds", "explored", "fixed", "free", "lookup", "model",
-                 "num_cut", "passed", "probe", "promised", "queued", "request_id", "saved_seconds",
-                 "started", "verify_seconds")  # fmt: skip
+    __slots__ = ("blocked", "catching_up", "chosen", "draft_seconds", "explored", "fixed", "free",
+                 "lookup", "model", "num_cut", "passed", "probe", "promised", "queued", "request_id",
+                 "saved_seconds", "started", "verify_seconds")  # fmt: skip
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class DraftState:
         self.model = model
         self.fixed = fixed
         self.blocked = False  # the draft model cannot draft for it now
+        self.catching_up = False  # it has begun to, and is not done
         self.free = NOTHING
         self.passed = NOTHING
         # Drafts a step: in steps without a prompt's chunk, and with one.
@@ -139,6 +140,7 @@ class StepFacts:
     owed: Sequence[int] = ()  # tokens the draft model is behind; empty: none
     blocked: Mapping[int, str] = field(default_factory=dict)  # index -> why it cannot draft at all
     catch_up_room: int = UNLIMITED  # rows this step's token budget has left for catching up
+    prompt_rows: int = 0  # of this very step
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ class PlannedStep:
     kv_tokens: int  # context of all of them
     chunk_rows: int  # prompt rows that wait for the next step
     kv_room: int  # tokens the free blocks hold
+    prompt_rows: int = 0  # of this step
     # With a draft model, by index:
     owed: Sequence[int] = ()  # rows it has to catch up before it can draft
     blocked: Mapping[int, str] = field(default_factory=dict)  # requests it cannot draft for, and why
@@ -175,6 +176,7 @@ class BudgetPlanner:
                 step.owed,
                 step.blocked,
                 step.catch_up_room,
+                step.prompt_rows,
             )
         )
         return PlannedDrafts(plan.num_drafts, plan, plan.passes, plan.catch_up)

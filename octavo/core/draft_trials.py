@@ -19,6 +19,9 @@ _WINDOW_STEPS = 4
 BOLD_STEPS = 4
 _BOLD_DISTANCE = 48  # steps from one bolder choice to the next, at first
 _WINDOW_DISTANCE = 100  # steps from one window to the next, at least
+_FARTHEST_WINDOW = 1600  # where windows only show what was known
+_CLEAR_GAIN = 1.2  # of drafting: windows may be rare
+_KNOWN = 0.03  # of a plain step's time: so little is no news
 _EXPLORE_TOGETHER = 8  # requests that share a step, and a draft pass, of exploration
 _MOST_PROBED = 8  # drafts of one request in an exploration
 _EXPLORE_DISTANCE = 4  # steps between two explorations of one request, at least
@@ -36,7 +39,9 @@ class Trials:
         self._report = report
         self._seconds = 0.0
         self.next_exploration = 0  # the step that may have the next one
-        self._next_window = _WINDOW_DISTANCE
+        self._last_window = 0  # the step in which it began
+        self._window_distance = _WINDOW_DISTANCE
+        self._window_news = False  # the present window showed something
         self._window_left = 0
         self._window_unread = 0
         # By the size of the batch, in powers of two: the step of the next bolder choice, and how long after.
@@ -58,11 +63,11 @@ class Trials:
     def in_window(self, step: int, gain: float, plain_seconds: float, may_start: bool) -> bool:
         """True if the drafts of this step are to be left out. `gain` is what drafting promises."""
         if not self._window_left:
-            if not may_start or gain <= 1.0 or step < self._next_window:
+            if not may_start or not self._window_is_due(step, gain):
                 return False
             if not self._pay(_WINDOW_STEPS * plain_seconds * (1.0 - 1.0 / gain)):
                 return False
-            self._next_window = step + _WINDOW_DISTANCE
+            self._last_window = step
             self._window_left = _WINDOW_STEPS
             self._report.num_windows += 1
         self._window_left -= 1
@@ -76,9 +81,26 @@ class Trials:
         self._window_unread -= 1
         return True
 
+    def window_showed(self, error: float) -> None:
+        """A plain step of a window took longer or shorter than expected by so much, as a share.
+
+        Where nothing new was seen the next one is farther away, else near.
+        """
+        self._window_news = self._window_news or error > _KNOWN
+        if self._window_left or self._window_unread:  # not its last step
+            return
+        farther = min(2 * self._window_distance, _FARTHEST_WINDOW)
+        self._window_distance = _WINDOW_DISTANCE if self._window_news else farther
+        self._window_news = False
+
+    def _window_is_due(self, step: int, gain: float) -> bool:
+        """Where drafting brings little all hangs on what a plain step takes, and windows cost little too."""
+        distance = self._window_distance if gain > _CLEAR_GAIN else _WINDOW_DISTANCE
+        return gain > 1.0 and step >= self._last_window + distance
+
     def saves_for_window(self, step: int, gain: float) -> bool:
         """True while a window is due and cannot be paid yet."""
-        return gain > 1.0 and step >= self._next_window
+        return self._window_is_due(step, gain)
 
     # ------------------------------------------------------------------ bolder choices
 

@@ -42,7 +42,7 @@ def propose(
     waiting = sum(
         [r.num_tokens - r.num_computed_tokens - r.num_inflight_tokens for r in running if not r.decoding]
     )
-    facts = PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room)
+    facts = PlannedStep(requests, rooms, step.kv_tokens, waiting, kv_room, step.chunk_rows)
     if draft_kv is not None:
         facts.owed, facts.blocked = draft_kv.survey(requests, [rows for _, rows in sampling])
         facts.catch_up_room = max_num_batched_tokens - out.num_tokens

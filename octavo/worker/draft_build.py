@@ -21,8 +21,9 @@ from octavo.worker.input_batch import DeviceState
 from octavo.worker.kv_cache import DraftMemory, MemoryPlan, allocate_kv_caches, kv_block_bytes
 from octavo.worker.step_math import StepMath
 
-# Rows in which the draft model catches up in one step. On a GPU 4096 of a small model take about as long
-# as a few decode steps of a large one, and a prompt that is caught up slowly goes without drafts longer.
+# Rows in which the draft model catches up in one step. On a GPU 8192 of a small model take about as long
+# as a few decode steps of a large one, and a prompt that is caught up slowly goes without drafts longer; half
+# as many would take as long to launch.
 _CPU_CATCH_UP_ROWS = 256
 _GPU_CATCH_UP_ROWS = 8192
 

@@ -27,7 +27,8 @@ from octavo.sampling.sampler import DrawKernels, Sampler
 from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance
 from octavo.speculation.lookup import MIN_MATCH
 from octavo.speculation.proposer import Proposer
-from octavo.worker.cuda_graph import CudaGraphs, Forward, GraphSizes, StepBuffers
+from octavo.worker.cuda_graph import CudaGraphs, Forward, StepBuffers
+from octavo.worker.graph_sizes import GraphSizes
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
 from octavo.worker.kv_cache import MemoryPlan
 from octavo.worker.prefix_groups import PrefixGroups
@@ -131,7 +132,7 @@ def explained_out_of_memory() -> Iterator[None]:
 
 
 def spare_the_collector() -> None:
-    """Keep Python's garbage collector from walking what was imported: before an engine's objects are made.
+    """Keep Python's garbage collector from walking what was imported, and what an engine is made of.
 
     torch and triton bring some 190,000 objects. A full collection looks at each of them, which takes
     about a tenth of a second, and comes in the middle of a step: a hundred steps of a small model.
@@ -282,6 +283,7 @@ def make_ready(config: EngineConfig, runner: ModelRunner, sampler: Sampler, plan
             if decoder is not None:
                 decoder.load_products(config.max_num_batched_tokens)
     launch_the_rest(reads=True)
+    spare_the_collector()
 
 
 def whole_step_rows(config: EngineConfig) -> int:

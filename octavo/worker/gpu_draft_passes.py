@@ -14,8 +14,9 @@ from octavo.core.messages import DraftGroup, DraftRows
 from octavo.kernels.triton import draft as kernels
 from octavo.sampling.batch import SamplingSlots
 from octavo.speculation.draft_passes import BlockTables, IntArray, PassInputs
-from octavo.worker.cuda_graph import GraphSizes, StepBuffers
+from octavo.worker.cuda_graph import StepBuffers
 from octavo.worker.device_time import to_device
+from octavo.worker.graph_sizes import GraphSizes
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.whole_pass import WholePasses
 
@@ -148,8 +149,7 @@ class GpuDraftPasses:
         if num_rows > len(buffers.input_ids):  # a long catch-up: no graph is that large
             buffers = StepBuffers.allocate(num_rows, entries, self._blocks.table)
         padded = self._sizes.padded(num_rows, longest) if self._sizes is not None else None
-        # Without a graph as well the kernels are told of all slots: their forms depend on how many there are.
-        padded_rows, padded_reqs = num_rows, len(buffers.seq_lens)
+        padded_rows, padded_reqs = num_rows, entries
         if padded is not None:
             padded_rows, padded_reqs = padded, min(padded, len(buffers.seq_lens))
         own = torch.zeros(2 * (entries + num_logits), dtype=torch.int64, device=self._device)
@@ -164,7 +164,7 @@ class GpuDraftPasses:
             self._tables, table, self._out, self._depth, num_rows, max(1, longest), padded_rows, padded_reqs
         )
         max_blocks = max(1, *self._blocks.filled)
-        metadata = buffers.metadata(num_rows, padded_reqs, longest, max_blocks * self._blocks.block_size)
+        metadata = buffers.metadata(num_rows, entries, longest, max_blocks * self._blocks.block_size)
         return PassInputs(
             input_ids=buffers.input_ids[:num_rows],
             metadata=metadata,

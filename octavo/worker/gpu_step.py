@@ -18,8 +18,9 @@ import torch
 from octavo.core.messages import NewSlot, RowKind, SchedulerOutput
 from octavo.kernels.triton import step as kernels
 from octavo.kernels.triton.prompt import LEAST_ROWS, MOST_GATHERED
-from octavo.worker.cuda_graph import GraphKey, GraphSizes, StepBuffers
+from octavo.worker.cuda_graph import StepBuffers
 from octavo.worker.device_time import to_device
+from octavo.worker.graph_sizes import GraphKey, GraphSizes
 from octavo.worker.input_batch import DeviceState
 from octavo.worker.prefix_groups import Ints, PrefixGroups
 from octavo.worker.step_math import StepInputs, Verdict

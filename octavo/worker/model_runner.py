@@ -25,8 +25,9 @@ from octavo.speculation.acceptance import Acceptance, SyntheticAcceptance, Verif
 from octavo.speculation.continued import ContinuedProposer
 from octavo.speculation.draft_model import DraftModel
 from octavo.speculation.proposer import Proposer
-from octavo.worker.cuda_graph import SHORT_ROWS, CudaGraphs
+from octavo.worker.cuda_graph import CudaGraphs
 from octavo.worker.device_time import Mark
+from octavo.worker.graph_sizes import SHORT_ROWS
 from octavo.worker.input_batch import MAX_DRAFTS, DeviceState
 from octavo.worker.pending import PendingOutput, PendingPasses, PendingPrompt
 from octavo.worker.step_math import StepInputs, StepMath, Verdict

@@ -28,7 +28,7 @@ from octavo.models.decoder import CausalLM
 from octavo.sampling.batch import SamplingBatch
 from octavo.sampling.sampler import Sampler
 from octavo.sampling_params import SamplingParams
-from octavo.worker.cuda_graph import SHORT_ROWS
+from octavo.worker.graph_sizes import SHORT_ROWS
 from octavo.worker.input_batch import MAX_DRAFTS
 from octavo.worker.model_runner import ModelRunner
 

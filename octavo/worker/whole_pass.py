@@ -18,7 +18,8 @@ from octavo.kernels.triton.step import SlotDraws
 from octavo.models.decoder import CausalLM
 from octavo.sampling.noise import Stream
 from octavo.speculation.draft_passes import IntArray
-from octavo.worker.cuda_graph import CudaGraphs, GraphKey, StepBuffers
+from octavo.worker.cuda_graph import CudaGraphs, StepBuffers
+from octavo.worker.graph_sizes import GraphKey
 
 
 class WholePasses:

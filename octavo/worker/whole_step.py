@@ -20,8 +20,9 @@ from octavo.kernels.triton.step import StepOutputs
 from octavo.models.decoder import CausalLM
 from octavo.sampling.noise import Stream
 from octavo.speculation.acceptance import SyntheticAcceptance
-from octavo.worker.cuda_graph import SHORT_ROWS, CudaGraphs, GraphKey, StepBuffers
+from octavo.worker.cuda_graph import CudaGraphs, StepBuffers
 from octavo.worker.gpu_step import GpuStep, slot_tables
+from octavo.worker.graph_sizes import SHORT_ROWS, GraphKey
 from octavo.worker.step_math import StepInputs, Verdict
 
 

@@ -36,6 +36,15 @@ def curve(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
     return value
 
 
+def padded(value: Callable[[float], float], sizes: Sequence[int]) -> Callable[[float], float]:
+    """The same of the next larger size, as long as there is one."""
+
+    def at_size(x: float) -> float:
+        return value(sizes[bisect_left(sizes, x)] if x <= sizes[-1] else x)
+
+    return at_size
+
+
 @dataclass
 class Machine:
     """True seconds of a target step and of a draft pass, and how badly they are seen."""
@@ -46,6 +55,14 @@ class Machine:
     knots: tuple[int, ...]
     noise: float = 0.05
     outliers: float = 0.01
+    draft_kv: float = 1 / 6  # of kv_token, that a draft pass takes
+    sizes: tuple[int, ...] = ()  # that steps are padded to, and draft passes
+    draft_sizes: tuple[int, ...] = ()
+
+    @property
+    def draft_kv_token(self) -> float:
+        """Seconds of a draft pass to read one token's KV."""
+        return self.draft_kv * self.kv_token
 
     def models(
         self, with_draft: bool, error: float = 0.0, seed: int = 0
@@ -56,8 +73,10 @@ class Machine:
         def table(value: Callable[[float], float]) -> list[tuple[int, float]]:
             return [(rows, value(rows) * (1 + error * rng.uniform(-1, 1))) for rows in self.knots]
 
-        draft = CostModel(table(self.draft_pass), self.kv_token / 6) if with_draft else None
-        return CostModel(table(self.target), self.kv_token), draft
+        draft = None
+        if with_draft:
+            draft = CostModel(table(self.draft_pass), self.draft_kv_token, self.draft_sizes)
+        return CostModel(table(self.target), self.kv_token, self.sizes), draft
 
     def seen(self, seconds: float, rng: random.Random) -> float:
         factor = 5.0 if rng.random() < self.outliers else rng.lognormvariate(0.0, self.noise)
@@ -66,6 +85,25 @@ class Machine:
 
 _CPU = curve([(1, 9e-3), (4, 10e-3), (16, 16e-3), (64, 50e-3), (128, 100e-3)])
 _GPU = curve([(1, 8e-3), (128, 8.6e-3), (512, 28e-3)])
+# One H200 with an 8B model and a 0.6B one to draft, as measured. A token's KV is nearly the same in both.
+_H200 = [
+    (1, 4.07), (2, 4.15), (4, 4.28), (6, 4.36), (8, 4.4), (16, 4.42), (32, 4.7), (64, 4.85), (80, 5.3),
+    (128, 5.4), (192, 6.5), (256, 7.3), (320, 8.8), (384, 9.9), (512, 12.0), (8192, 177.0),
+]  # fmt: skip
+_H200_DRAFT = [(1, 0.7), (4, 0.75), (16, 0.95), (32, 1.05), (64, 1.3), (128, 1.7), (512, 2.6), (8192, 22.0)]
+_GRAPHS = (1, 2, 4, 6, 8, 16, 32, 64, 96, 128, 160, 192, 256, 384, 512)
+_DRAFT_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 640, 1280)
+H200 = Machine(
+    padded(curve([(rows, 1e-3 * ms) for rows, ms in _H200]), _GRAPHS),
+    padded(curve([(rows, 1e-3 * ms) for rows, ms in _H200_DRAFT]), _DRAFT_GRAPHS),
+    32e-9,
+    (*_GRAPHS, 1024, 2048, 4096),
+    noise=0.01,
+    outliers=0.002,
+    draft_kv=0.8,
+    sizes=_GRAPHS,
+    draft_sizes=_DRAFT_GRAPHS,
+)
 CPU = Machine(_CPU, lambda n: _CPU(n) / 6, 1e-7, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
 GPU = Machine(_GPU, lambda n: _GPU(n) / 6, 1e-8, (1, 8, 32, 64, 128, 256, 512, 1024))
 
@@ -166,10 +204,12 @@ def simulate(
     keep_plans: bool = False,
     kv_room: int = 1 << 60,
     track_owed: bool = False,
+    step_rows: int = 1 << 60,
 ) -> Outcome:
     """Run for `max_seconds`, or until `arrivals(step, running)` brings no more and all texts ended.
 
-    `model`: drafts come from a draft model and cost passes; else they are free.
+    `model`: drafts come from a draft model and cost passes; else they are free. `track_owed`: it has prompts
+    to catch up with, in what a step leaves of `step_rows`.
     """
     rng = random.Random(seed)
     running: list[Text] = []
@@ -207,6 +247,8 @@ def simulate(
             chunk_rows=0,
             kv_room=kv_room,
             owed=[behind[text.name] for text in sampling] if track_owed else (),
+            catch_up_room=max(0, step_rows - rows),
+            prompt_rows=chunk_rows,
         )
         rests = not new and not track_owed and policy.rests(len(sampling))
         plan = DraftPlan(facts.states, [0] * len(sampling)) if rests else policy.plan(facts)
@@ -217,7 +259,7 @@ def simulate(
         draft_seconds = 0.0
         if model and any(plan.num_drafts):
             draft_seconds = plan.passes * (
-                machine.draft_pass(len(sampling)) + machine.kv_token / 6 * kv_tokens
+                machine.draft_pass(len(sampling)) + machine.draft_kv_token * kv_tokens
             )
         caught_up = sum(plan.catch_up.values())
         if caught_up:
@@ -309,7 +351,7 @@ def fixed_rate(
     tokens = batch * sum(acceptance**n for n in range(count + 1))
     seconds = machine.target(batch * (1 + count)) + machine.kv_token * kv_tokens
     if model:
-        seconds += count * (machine.draft_pass(batch) + machine.kv_token / 6 * kv_tokens)
+        seconds += count * (machine.draft_pass(batch) + machine.draft_kv_token * kv_tokens)
     return tokens / seconds
 
 

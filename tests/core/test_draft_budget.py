@@ -5,13 +5,21 @@ Scores are true seconds. The budget sees noisy ones, 1% of them five times as lo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import pytest
 
 from octavo.core.acceptance import MAX_DRAFTS
 from octavo.core.cost_model import CostModel
-from octavo.core.draft_budget import DraftBudget, DraftPlan, DraftState, StepFacts, StepResult
+from octavo.core.draft_budget import (
+    BudgetReport,
+    DraftBudget,
+    DraftPlan,
+    DraftState,
+    StepFacts,
+    StepResult,
+)
 from octavo.core.draft_choice import Curve
 from octavo.core.draft_trials import Trials
 from tests.core.draft_simulation import (
@@ -348,6 +356,19 @@ def test_three_percent_to_start_and_nothing_to_stop(
     assert budget.plan(StepFacts([state], [1000], 100)).num_drafts == [count]
 
 
+@pytest.mark.parametrize(("chance", "count"), [(0.065, 1), (0.09, 2)])
+def test_another_number_is_chosen_for_less_than_a_start(
+    chance: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second draft brings 0.8% or 2.3%."""
+    monkeypatch.setattr(DraftState, "update_curves", lambda state, reserves_rows: None)
+    budget = make_budget(CPU)
+    state = budget.add("r", lookup="lookup")
+    state.free = state.passed = Curve([0.5, chance])
+    state.chosen = [1, 1]
+    assert budget.plan(StepFacts([state], [1000], 100)).num_drafts == [count]
+
+
 def test_a_request_whose_explored_draft_was_right_is_explored_again_first() -> None:
     budget = make_budget(CPU)
     facts = facts_of(budget, 2)
@@ -588,6 +609,61 @@ def test_few_that_are_not_behind_draft_only_if_that_pays_for_the_passes(present:
     assert (plan.passes > 0) == drafts
 
 
+def test_nobody_begins_to_catch_up_where_few_would_draft_in_vain() -> None:
+    """The second would have only a part of its rows in this step, and go on for nothing."""
+    budget = make_budget(GPU, model=True)
+    states = [budget.add(f"r{index}", model="draft") for index in range(32)]
+    owed = [200, 200] + [30_000] * 30
+    plan = budget.plan(StepFacts(states, [1000] * 32, 30_000, owed=owed))
+    assert len(plan.too_far_behind) == 30
+    assert not any(plan.num_drafts)
+    assert not plan.catch_up
+    assert not any(state.catching_up for state in states)
+
+
+def test_what_was_begun_is_finished() -> None:
+    budget = make_budget(GPU, model=True)
+    state = budget.add("r", model="draft")
+    plan = budget.plan(StepFacts([state], [1000], 600, owed=[600]))
+    assert (plan.catch_up, plan.num_drafts) == ({0: 256}, [0])
+    assert state.catching_up
+    # meanwhile it has only a few tokens to come: it would not begin now
+    plan = budget.plan(StepFacts([state], [20], 600, owed=[344]))
+    assert plan.catch_up == {0: 256}
+    plan = budget.plan(StepFacts([state], [20], 600, owed=[88]))
+    assert plan.catch_up == {0: 88}
+    assert plan.num_drafts[0] > 0
+    assert not state.catching_up
+
+
+def test_nobody_catches_up_while_prompts_fill_the_steps() -> None:
+    budget = make_budget(GPU, model=True, max_rows=1000)
+    state = budget.add("r", model="draft")
+    plan = budget.plan(StepFacts([state], [1000], 200, owed=[200], prompt_rows=751))
+    assert not plan.catch_up
+    plan = budget.plan(StepFacts([state], [1000], 200, owed=[200], prompt_rows=750))
+    assert plan.catch_up == {0: 200}
+
+
+def test_windows_grow_rare_where_they_show_nothing_new() -> None:
+    gaps: dict[float, list[int]] = {}
+    for gain in (1.1, 1.5):
+        trials = Trials(BudgetReport())
+        trials.earn(1e6)
+        starts: list[int] = []
+        was_open = False
+        for step in range(4000):
+            is_open = trials.in_window(step, gain, 10e-3, may_start=True)
+            if is_open and not was_open:
+                starts.append(step)
+            was_open = is_open
+            if trials.was_window():
+                trials.window_showed(0.2 if len(starts) == 4 and not trials._window_left else 0.01)
+        gaps[gain] = [b - a for a, b in itertools.pairwise(starts)]
+    assert gaps[1.5][:6] == [200, 400, 800, 100, 200, 400]
+    assert set(gaps[1.1]) == {100}  # where drafting brings little, all hangs on what a plain step takes
+
+
 def test_with_lookup_and_model_the_lookup_goes_deeper_than_the_passes() -> None:
     budget = make_budget(CPU, model=True)
     state = budget.add("r", lookup="lookup", model="draft")
@@ -606,7 +682,8 @@ def test_with_lookup_and_model_the_lookup_goes_deeper_than_the_passes() -> None:
 
 def test_every_decision_has_a_reason() -> None:
     budget = make_budget(CPU)
-    outcome = simulate(budget, CPU, closed_loop(1, 900, changing(0.8, 0.0, 600), total=1), keep_plans=True)
+    arrivals = closed_loop(1, 900, changing(0.8, 0.0, 600), seed=3, total=1)
+    outcome = simulate(budget, CPU, arrivals, keep_plans=True, seed=3)
     reasons = {" ".join(plan.reason(0).split()[:2]) for plan in outcome.plans}
     assert {"plain: counterfactual", "explore", "plain: no"} <= reasons
     assert any(plan.reason(0).startswith("gain 2.") and "at K=" in plan.reason(0) for plan in outcome.plans)

@@ -110,6 +110,24 @@ def test_positions_never_tried_are_expected_to_be_like_the_last_one() -> None:
     assert len(acceptance.chances()) > 5
 
 
+def test_few_refusals_of_a_deeper_draft_do_not_count_for_much() -> None:
+    """Where they do, it is not tried again, and nobody ever sees that it was bad luck."""
+    shared = SharedAcceptance()
+    acceptance = RequestAcceptance(shared)
+    feed(acceptance, [0.8] * 3, 200, asked=3)
+    for step in range(3):
+        acceptance.record(4, 4, 3)  # the fourth was refused
+        acceptance.fold(200 + step)
+        shared.refresh()
+    assert shared.rates[2] == pytest.approx(0.8, abs=0.08)
+    assert shared.rates[3] > 0.5
+    for step in range(60):
+        acceptance.record(4, 4, 3)
+        acceptance.fold(203 + step)
+        shared.refresh()
+    assert shared.rates[3] < 0.15
+
+
 def test_a_new_request_starts_as_the_others_were() -> None:
     shared = SharedAcceptance()
     for index in range(20):

@@ -24,7 +24,8 @@ from octavo.models.gpu_ops import GpuOps  # noqa: E402
 from octavo.sampling.batch import SamplingBatch  # noqa: E402
 from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import TorchDraw  # noqa: E402
-from octavo.worker.cuda_graph import CudaGraphs, GraphSizes, StepBuffers  # noqa: E402
+from octavo.worker.cuda_graph import CudaGraphs, StepBuffers  # noqa: E402
+from octavo.worker.graph_sizes import GraphSizes  # noqa: E402
 
 
 class _Graphed(_OnDevice):

@@ -12,7 +12,8 @@ from octavo.attention.torch_backend import TorchBackend
 from octavo.kernels import triton as triton_kernels
 from octavo.speculation.lookup import PythonLookup
 from octavo.speculation.proposer import Proposer
-from octavo.worker.cuda_graph import GraphSizes, StepBuffers
+from octavo.worker.cuda_graph import StepBuffers
+from octavo.worker.graph_sizes import GraphSizes
 from octavo.worker.input_batch import DeviceState
 from tests.gpu_report import Record, kind_of
 from tests.kernels import random_rules

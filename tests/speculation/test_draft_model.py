@@ -255,7 +255,7 @@ def test_hybrid_uses_both_and_judges_each_by_its_own_drafts(models: Path) -> Non
         drafted, accepted = counts(found)
         assert drafted > 250 > accepted > 100
         assert seen["draft_model"] < 0.2
-        assert seen["hybrid/prediction"] > 0.8
+        assert seen["hybrid/prediction"] > 0.75
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -27,14 +27,7 @@ from octavo.worker.build import (
     padded_rows,
     plan_worker,
 )
-from octavo.worker.cuda_graph import (
-    SHORT_ROWS,
-    CudaGraphs,
-    GraphKey,
-    GraphSizes,
-    StepBuffers,
-    graph_sizes,
-)
+from octavo.worker.cuda_graph import CudaGraphs, StepBuffers
 from octavo.worker.gpu_build import (
     draft_graph_sizes_of,
     explained_out_of_memory,
@@ -42,6 +35,7 @@ from octavo.worker.gpu_build import (
     graph_sizes_of,
     why_not_triton,
 )
+from octavo.worker.graph_sizes import SHORT_ROWS, GraphKey, GraphSizes, graph_sizes
 from tests.checkpoints import make_checkpoint
 
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 150 * 10**9)

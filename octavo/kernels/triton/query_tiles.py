@@ -20,6 +20,7 @@ from octavo.kernels.triton.launch import next_power_of_2
 NARROW_ROWS = 16
 WIDE = QueryTiling(block_q=128, stages=2, warps=8)
 WIDE_HEAD = QueryTiling(block_q=64, stages=1, warps=4)  # heads of more than 128 numbers fill the memory
+_CHUNK_REQUESTS = 256  # steps with chunks of so many requests take the same compiled kernels
 SHARED_ROWS = 64  # in larger steps every query tile has one program
 # So it has in steps of more than _FEW_SHARED rows where no context is longer than _SHORT: that programs may
 # share a tile costs 64 rows 2 us a layer, and one long context among short ones costs 700 where they may not.
@@ -83,14 +84,22 @@ def plans_of(
         wide = narrow_tiling(metadata.num_tokens, NARROW_ROWS, spec, dtype)[0]
     plans = []
     if metadata.min_query_len <= NARROW_ROWS:
-        plans.append(attention.plan(metadata, spec, narrow, extra, most=NARROW_ROWS, block_size=block_size))
+        plans.append(
+            attention.plan(
+                metadata, spec, narrow, extra, most=NARROW_ROWS, block_size=block_size, room=_CHUNK_REQUESTS
+            )
+        )
     if len(metadata.long_chunks) < metadata.num_reqs:
         most = whole = attention.NO_LIMIT
         if any(start for *_, start in metadata.long_chunks):
             most = prompt.LEAST_ROWS - 1
         elif metadata.long_chunks:
             whole = prompt.LEAST_ROWS
-        plans.append(attention.plan(metadata, spec, wide, least=NARROW_ROWS + 1, most=most, whole=whole))
+        plans.append(
+            attention.plan(
+                metadata, spec, wide, least=NARROW_ROWS + 1, most=most, whole=whole, room=_CHUNK_REQUESTS
+            )
+        )
     return plans
 
 

@@ -13,8 +13,9 @@ interpreter.enable()
 
 from octavo.core.messages import NewSlot, RowKind, Rows, SchedulerOutput  # noqa: E402
 from octavo.sampling_params import SamplingParams  # noqa: E402
-from octavo.worker.cuda_graph import GraphKey, GraphSizes, StepBuffers  # noqa: E402
+from octavo.worker.cuda_graph import StepBuffers  # noqa: E402
 from octavo.worker.gpu_step import GpuStep, RowTable  # noqa: E402
+from octavo.worker.graph_sizes import GraphKey, GraphSizes  # noqa: E402
 from octavo.worker.input_batch import DeviceState  # noqa: E402
 from tests.kernels.random_life import BLOCK_SIZE, MAX_LEN, SLOTS, compare  # noqa: E402
 from tests.worker.test_random_steps import RunnerSimulation  # noqa: E402

@@ -20,8 +20,8 @@ from octavo.sampling.gpu_draw import GpuDraw  # noqa: E402
 from octavo.sampling.sampler import Sampler  # noqa: E402
 from octavo.sampling_params import SamplingParams  # noqa: E402
 from octavo.speculation.draft_model import DraftModel  # noqa: E402
-from octavo.worker.cuda_graph import GraphKey, GraphSizes  # noqa: E402
 from octavo.worker.gpu_draft_passes import GpuDraftPasses  # noqa: E402
+from octavo.worker.graph_sizes import GraphKey, GraphSizes  # noqa: E402
 from octavo.worker.input_batch import DeviceState  # noqa: E402
 from octavo.worker.whole_pass import WholePasses  # noqa: E402
 

@@ -23,8 +23,9 @@ from octavo.sampling.noise import Stream  # noqa: E402
 from octavo.sampling.sampler import Sampler  # noqa: E402
 from octavo.sampling_params import SamplingParams  # noqa: E402
 from octavo.speculation.acceptance import SyntheticAcceptance  # noqa: E402
-from octavo.worker.cuda_graph import GraphKey, GraphSizes, StepBuffers  # noqa: E402
+from octavo.worker.cuda_graph import StepBuffers  # noqa: E402
 from octavo.worker.gpu_step import GpuStep  # noqa: E402
+from octavo.worker.graph_sizes import GraphKey, GraphSizes  # noqa: E402
 from octavo.worker.input_batch import DeviceState  # noqa: E402
 from octavo.worker.model_runner import ModelRunner  # noqa: E402
 from octavo.worker.whole_step import WholeSteps  # noqa: E402
