@@ -280,7 +280,7 @@ class LLM:
         mine: deque[RequestOutput] = deque()
         order: dict[str, int] = {}
         num_tokens = 0
-        started, unseen = time.monotonic(), 0  # unseen: prompt tokens admitted since the last step
+        started, unseen = time.monotonic(), 0  # unseen: prompt rows admitted since the last step
         try:
             for index, item in enumerate(work):
                 if isinstance(item, RequestOutput):
@@ -291,10 +291,11 @@ class LLM:
                 engine.admit(request_id, item, kind, arrival_time=started)
                 order[request_id] = index
                 self._sinks[request_id] = mine
-                unseen += len(item.prompt.token_ids)
-                if done is not None and unseen >= engine.scheduler.config.max_num_batched_tokens:
-                    unseen = 0
-                    self._step(engine)
+                if done is not None:
+                    unseen += engine.rows_to_come(request_id)
+                    if unseen >= engine.scheduler.config.max_num_batched_tokens:
+                        unseen = 0
+                        self._step(engine)
             while order:
                 if not mine:
                     self._step(engine)

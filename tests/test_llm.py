@@ -78,7 +78,7 @@ def test_order_is_kept_and_each_prompt_has_its_parameters(llm: LLM) -> None:
 
 
 def test_steps_begin_before_all_prompts_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM(str(folder), dtype="float32", kv_cache_memory="8MB", max_num_batched_tokens=32) as llm:
+    with LLM(str(folder), dtype="float32", kv_cache_memory="8MB", max_num_batched_tokens=64) as llm:
         engine = llm._engine_parts().engine
         read, step = engine.read_request, engine.step
         events: list[str] = []
@@ -93,7 +93,7 @@ def test_steps_begin_before_all_prompts_are_read(folder: Path, monkeypatch: pyte
 
         monkeypatch.setattr(engine, "read_request", noted_read)
         monkeypatch.setattr(engine, "step", noted_step)
-        prompts = [[5 + index] * 20 for index in range(6)]
+        prompts = [[5 + index] * 40 for index in range(6)]
         together = llm.generate(prompts, GREEDY, use_tqdm=False)
         # two prompts fill a step
         assert events[:9] == ["read", "read", "step"] * 3
@@ -104,6 +104,11 @@ def test_steps_begin_before_all_prompts_are_read(folder: Path, monkeypatch: pyte
         urgent = [GREEDY.replace(priority=-index) for index in range(6)]
         llm.generate(prompts, urgent, use_tqdm=False)
         assert events[:7] == ["read"] * 6 + ["step"]
+        # prompts that begin alike do not fill a step: the first two do, and all others go together
+        events.clear()
+        alike = [[50] * 38 + [20 + index] * 2 for index in range(6)]
+        llm.generate(alike, GREEDY, use_tqdm=False)
+        assert events[:8] == ["read", "read", "step", *["read"] * 4, "step"]
         # who streams gets the first tokens as soon as there are some
         events.clear()
         list(llm.generate(prompts, GREEDY, use_tqdm=False, stream=True))

@@ -72,6 +72,17 @@ class KVCacheManager:
             parent = block.serial
         return found
 
+    def knows_beginning(self, request: BlockHolder) -> bool:
+        """True if the first block at least would be found; how many more is not looked up."""
+        if (
+            request.cache_namespace is None
+            or not request.read_cache
+            or len(request.token_ids) <= self.block_size
+        ):
+            return False
+        first = tuple(request.token_ids[: self.block_size])
+        return self.pool.lookup(("root", request.cache_namespace), first) is not None
+
     def num_free_after(self, prefix: list[Block]) -> int:
         """Free blocks left once `prefix` is shared: reviving a cached block uses up a free one."""
         return self.pool.num_free - sum(block.ref_count == 0 for block in prefix)

@@ -140,6 +140,12 @@ class Engine:
         for sample in state.samples:
             self.scheduler.add(sample.request)
 
+    def rows_to_come(self, request_id: str) -> int:
+        """Rows that the prompt of an admitted request brings: of one whose beginning is cached, one block."""
+        sequence = self._states[request_id].samples[0].request
+        kv = self.scheduler.kv
+        return kv.block_size if kv.knows_beginning(sequence) else len(sequence.token_ids)
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now. Returns what it has so far, or None for an id that is not served."""
         state = self._states.get(request_id)
