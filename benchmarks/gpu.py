@@ -8,7 +8,8 @@ Random weights; prompts are token ids, end-of-sequence is ignored. Each scenario
 with other prompts, and its line gives the median. One JSON line a scenario: output tokens a second
 (prompt tokens for prefill), the share of the limit computed from this card's ceilings, the share of
 the aim, how much of the time the device was busy, and for how many milliseconds a step it waited for the
-host: from a step's end to the next one's first command, and the launching of that step where it came late.
+host: from a step's end to the next one's first command, and the launching of a step that came late and took
+the host more than half as long as the device.
 With a draft model also the tokens that a round brought on average: that is luck, and not speed. --trace:
 the steps of every repeat of a scenario in a file, with their rows and what host and device took.
 """
@@ -65,8 +66,10 @@ ONE_REQUEST_RUNS = 9
 
 # The columns of --trace; seconds, and `launched` on the clock of the run.
 TRACED = ("repeat", "launched", "requests", "rows", "chunk_rows", "launching", "target", "drafting", "gap")
-# A step whose first command found an idle device: what the host took to launch it was waited for.
+# A step whose first command found an idle device, and which took the host most of its time to launch: all of
+# that may have been waited for. Where launching took less than half of it, the host was soon ahead.
 _IDLE_SECONDS = 10e-6
+_AHEAD = 0.5
 
 
 def _chunks(rows: Sequence[Any]) -> list[Any]:
@@ -111,7 +114,8 @@ class _Watched:
         gap = 0.0
         if self._before is not None:
             gap = self._before.seconds_until(pending._started)
-            self.idle += gap + (launch_seconds if gap > _IDLE_SECONDS else 0.0)
+            is_behind = gap > _IDLE_SECONDS and launch_seconds > _AHEAD * output.target_seconds
+            self.idle += gap + (launch_seconds if is_behind else 0.0)
         self._before = pending._readback.mark if output.draft_seconds else pending._drawn
         times = (launch_seconds, output.target_seconds, output.draft_seconds, gap)
         self.trace.append((*self._shapes.popleft(), *times))

@@ -32,8 +32,8 @@ _BIASED_ROWS = 96
 # From more rows on, the library's o and down add to the residual stream themselves, so that the norm behind
 # them reads half as much and writes half as much (8,192 rows: 0.6B 9.8 us instead of 17.8, 8B 33.8 and 67.6).
 _ADDED_ROWS = 512
-
-_LOADED_EVERY = 512  # rows: among so many sizes are most of the kernels that the library has for others
+# Every so many rows, up to a number and beyond it: these have most kernels that the library takes for any.
+_LOADED_EVERY, _SMALL, _LOADED_BEYOND = 128, 2048, 256
 
 
 class _Own(NamedTuple):
@@ -131,9 +131,22 @@ class ManyRows:
 
     def load_products(self, layer: Layer, most: int) -> None:
         """Have the library load its kernels for steps of up to so many rows: no request shall wait for it."""
-        for rows in range(_LOADED_EVERY, most + 1, _LOADED_EVERY):
-            for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                _product(weight.new_zeros(rows, weight.shape[1]), weight.t(), None)
+        small = range(_ADDED_ROWS + _LOADED_EVERY, min(most, _SMALL) + 1, _LOADED_EVERY)
+        sizes = [*small, *range(_SMALL + _LOADED_BEYOND, most + 1, _LOADED_BEYOND)]
+        if not sizes:
+            return
+        weights = (layer.qkv, False), (layer.o, True), (layer.gate_up, False), (layer.down, True)
+        widest = max(max(weight.shape) for weight, _ in weights)
+        # one piece of memory for all: the allocator would keep one for each size
+        taken, given = layer.qkv.new_zeros(2, sizes[-1] * widest)
+        for rows in sizes:
+            for weight, adds in weights:
+                width, depth = weight.shape
+                x, out = taken[: rows * depth].view(rows, depth), given[: rows * width].view(rows, width)
+                if adds:
+                    torch.addmm(out, x, weight.t(), out=out)
+                else:
+                    torch.mm(x, weight.t(), out=out)
 
     def _layer(self, layer: Layer, own: _Own, x: torch.Tensor, stream: torch.Tensor, step: _Step) -> None:
         """One layer. `x`: the normed stream, and behind it what the next layer takes as such."""

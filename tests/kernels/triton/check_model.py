@@ -97,6 +97,33 @@ def test_wanted_rows_alone(name: str, tmp_path: Path) -> None:
         )
 
 
+def test_products_of_large_steps_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "m", "Qwen3ForCausalLM", num_hidden_layers=1)
+    ops = GpuOps((torch.float32,))
+    run(folder, ops, TritonBackend())
+    assert ops.decoder is not None
+    shapes: dict[str, list[tuple[int, int]]] = {"mm": [], "addmm": []}
+
+    def noted(name: str, place: int) -> Any:
+        function = getattr(torch, name)
+
+        def call(*args: torch.Tensor, out: torch.Tensor) -> None:
+            shapes[name].append((len(args[place]), args[place + 1].shape[1]))
+            function(*args, out=out)
+
+        return call
+
+    monkeypatch.setattr(torch, "mm", noted("mm", 0))
+    monkeypatch.setattr(torch, "addmm", noted("addmm", 1))
+    ops.decoder.load_products(512)
+    assert not shapes["mm"]
+    ops.decoder.load_products(2600)
+    sizes = [*range(640, 2049, 128), 2304, 2560]
+    assert sorted({rows for rows, _ in shapes["mm"]}) == sizes
+    assert len(shapes["mm"]) == len(shapes["addmm"]) == 2 * len(sizes)
+    assert {width for _, width in shapes["addmm"]} == {36}  # o and down, into the stream
+
+
 def test_layer_by_layer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m", "Qwen3ForCausalLM", num_hidden_layers=1)
     expected = run(folder, TorchOps(), TorchBackend())
