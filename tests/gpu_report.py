@@ -114,7 +114,7 @@ class GpuReport:
         return {
             **{outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")},
             "exit_status": self._exit_status,
-            "seconds": round(time.perf_counter() - self._started, 1),
+            "seconds": round(time.perf_counter() - self._started, 3),
             **self._machine,
             "failures": sorted(name for name, outcome in self._outcomes.items() if outcome == "failed"),
             "deviations": {name: _number(value) for name, value in sorted(self._deviations.items())},

@@ -13,9 +13,6 @@ import torch
 from octavo import SamplingParams
 from octavo.kernels import triton as triton_kernels
 from tests.checkpoints import make_checkpoint
-from tests.gpu.on_device import load, run
-from tests.gpu.test_engine import engine, tokens
-from tests.gpu.test_models import CASES, STEPS, WIDE, token_rows
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available() or not triton_kernels.available():
@@ -25,6 +22,9 @@ from octavo.attention.triton_backend import TritonBackend  # noqa: E402
 from octavo.kernels.triton import many_rows, quick  # noqa: E402
 from octavo.kernels.triton.quick import Kernel, Recording  # noqa: E402
 from octavo.models.gpu_ops import GpuOps  # noqa: E402
+from tests.gpu.on_device import load, run  # noqa: E402
+from tests.gpu.test_engine import engine, tokens  # noqa: E402
+from tests.gpu.test_models import CASES, STEPS, WIDE, token_rows  # noqa: E402
 
 
 @contextmanager
