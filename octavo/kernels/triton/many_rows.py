@@ -62,10 +62,6 @@ class _Own(NamedTuple):
             layer.gate_up.t(), layer.gate_up_bias, layer.down.t(), layer.down_bias, next_norm, cache,
         )  # fmt: skip
 
-    @property
-    def qk_norms(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -153,7 +149,7 @@ class ManyRows:
         spec, metadata, rows = layer.attention, step.metadata, len(x)
         qkv = _product(x, own.qkv, own.qkv_bias)
         q = rope_store(
-            qkv, own.qk_norms, self._eps, self._cos, self._sin, step.positions, metadata.slot_mapping,
+            qkv, layer.qk_norms, self._eps, self._cos, self._sin, step.positions, metadata.slot_mapping,
             own.cache, step.long is not None,
         )  # fmt: skip
         attended = torch.empty_like(q)
@@ -203,7 +199,7 @@ class ManyRows:
         """The last layer: keys and values of all rows, and the rest for the wanted ones: [L, hidden]."""
         spec, own = layer.attention, _Own.of(layer, self._final_norm, cache)
         bias = own.qkv_bias
-        tables = own.qk_norms, self._eps, self._cos, self._sin
+        tables = layer.qk_norms, self._eps, self._cos, self._sin
         queries = spec.num_heads * spec.head_dim
         keys_values = _product(x, own.qkv[:, queries:], None if bias is None else bias[queries:])
         rope_store(keys_values, *tables, metadata.positions, metadata.slot_mapping, cache)
